@@ -1,0 +1,152 @@
+"""Image files as RGB, and the named transforms to the square that a vision tower reads.
+
+The transforms are saved with every model by name, and are pixel for pixel those of LLaVA, CLIP and SigLIP
+(recipes §1.3 D10). A change of pixels needs a new version number. Normalisation happens on the device; here
+all is uint8.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from jaxvlm.data import DataError
+
+MAX_PIXELS = 178_956_970  # twice what PIL warns of: no photograph, but a small file that fills the memory
+
+ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray
+
+
+def load_image(source: ImageSource, name: str | None = None) -> Image.Image:
+    """An RGB image of a path, the bytes of a file, a PIL image or a uint8 array [H, W], [H, W, 3] or [H, W,
+    4].
+
+    The first frame of an animation; turned as its EXIF orientation says; transparency composited on white;
+    16-bit values reduced to their high byte. The type is read from the content, not from the file's name.
+    Raises `DataError` naming the file (or `name`) if it is missing, empty, truncated, not an image, or too
+    large.
+    """
+    name = name or (
+        str(source) if isinstance(source, (str, os.PathLike)) else f"image given as {type(source).__name__}"
+    )
+    try:
+        if isinstance(source, np.ndarray):
+            return to_rgb(Image.fromarray(_checked_array(source, name)))
+        if isinstance(source, Image.Image):
+            return to_rgb(source)
+        with _open(source, name) as image:
+            return to_rgb(image)
+    except DataError:
+        raise
+    except FileNotFoundError as error:
+        raise DataError(f"{name} does not exist.") from error
+    except Image.DecompressionBombError as error:
+        raise DataError(_too_large(name, "")) from error
+    except (
+        Exception
+    ) as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, EOFError, struct.error and more
+        raise DataError(
+            f"{name} cannot be read as an image: {error}. Replace the file or leave its records out."
+        ) from error
+
+
+def _open(source: str | os.PathLike | bytes, name: str) -> Image.Image:
+    if not (len(source) if isinstance(source, bytes) else os.stat(source).st_size):
+        raise DataError(f"{name} is empty (0 bytes). Download the file again.")
+    image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    if image.width * image.height > MAX_PIXELS:
+        raise DataError(_too_large(name, f" ({image.width} x {image.height})"))
+    return image
+
+
+def _too_large(name: str, size: str) -> str:
+    limit = f"{MAX_PIXELS:,} pixels"
+    return f"{name}{size} has more than {limit}, which is refused as a decompression bomb. Shrink the file."
+
+
+def _checked_array(array: np.ndarray, name: str) -> np.ndarray:
+    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
+        raise DataError(f"{name} must be uint8 [H, W, 3], not {array.dtype} {list(array.shape)}.")
+    return array
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL image as RGB: upright, transparency on white, 16 bits to 8."""
+    image.load()
+    try:
+        image = ImageOps.exif_transpose(image)
+    except (
+        Exception
+    ):  # malformed EXIF is common in photographs that are fine otherwise: they stay as they are
+        pass
+    if image.mode.startswith("I") or image.mode == "F":
+        image = Image.fromarray(_eight_bits(np.asarray(image)))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def _eight_bits(values: np.ndarray) -> np.ndarray:
+    """Grey values of 16 bits (or stored as 32-bit integers or floats) to uint8; PIL itself would clip them at
+    255.
+    """
+    if values.dtype.kind == "f":
+        values = np.nan_to_num(values)
+        scaled = values * 255.0 if values.max(initial=0.0) <= 1.0 else values
+        return np.clip(np.round(scaled), 0, 255).astype(np.uint8)
+    if values.dtype.itemsize == 2 or values.max(initial=0) > 255:
+        values = values >> 8
+    return np.clip(values, 0, 255).astype(np.uint8)
+
+
+def naive(image: Image.Image, size: int, mean: Sequence[float]) -> Image.Image:
+    """Resizes to the square, whatever the aspect ratio (SigLIP's processor, Prismatic's resize-naive)."""
+    return image.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def crop(image: Image.Image, size: int, mean: Sequence[float]) -> Image.Image:
+    """Resizes the shorter edge to `size`, then takes the middle (CLIP's processor)."""
+    width, height = image.size
+    short, long = min(width, height), max(width, height)
+    long = int(size * long / short)
+    width, height = (size, long) if width <= height else (long, size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def letterbox(image: Image.Image, size: int, mean: Sequence[float]) -> Image.Image:
+    """Pads to a square with the tower's mean colour, then resizes (LLaVA's `expand2square`)."""
+    width, height = image.size
+    if width != height:
+        side = max(width, height)
+        square = Image.new("RGB", (side, side), tuple(int(value * 255) for value in mean))
+        square.paste(image, ((side - width) // 2, (side - height) // 2))
+        image = square
+    return image.resize((size, size), Image.Resampling.BICUBIC)
+
+
+TRANSFORMS: dict[str, tuple[int, Callable[[Image.Image, int, Sequence[float]], Image.Image]]] = {
+    "naive": (1, naive),
+    "crop": (1, crop),
+    "letterbox": (1, letterbox),
+}
+
+
+def transform_version(name: str) -> str:
+    """`name/version`, which changes whenever the pixels do. Raises `DataError` for an unknown name."""
+    if name not in TRANSFORMS:
+        raise DataError(f"There is no image transform {name!r}; the transforms are {', '.join(TRANSFORMS)}.")
+    return f"{name}/{TRANSFORMS[name][0]}"
+
+
+def transform(image: Image.Image, name: str, size: int, mean: Sequence[float]) -> np.ndarray:
+    """An RGB image as uint8 [size, size, 3] by the named transform; `mean` (0 to 1) colours the letterbox."""
+    transform_version(name)
+    return np.asarray(TRANSFORMS[name][1](image, size, mean), np.uint8)  # [H, W, 3]

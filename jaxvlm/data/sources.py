@@ -1,0 +1,124 @@
+"""LLaVA JSON and JSONL files as random-access sequences of records.
+
+A record is {"id", "image": name | [names] | absent, "conversations": [{"from": "human" | "gpt", "value":
+text}, …]} (recipes §2.1). Which of the two a file is, is seen from its first character, not from its name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from jaxvlm.data import DataError
+
+
+def read_records(path: str | os.PathLike) -> Sequence[dict]:
+    """The records of a file: a JSON list is parsed at once, a JSONL file line by line when asked.
+
+    Raises `DataError` for a file that is missing, empty, or not JSON, naming the line. A bad line of a JSONL
+    file raises when that record is read.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            first = file.read(65536).removeprefix(b"\xef\xbb\xbf").strip()[:1]
+    except OSError as error:
+        raise DataError(
+            f"The data file {path} cannot be read: {error.strerror}. Check the source's `path`."
+        ) from error
+    if not first:
+        raise DataError(f"The data file {path} is empty.")
+    return Jsonl(path) if first == b"{" or (first != b"[" and path.suffix == ".jsonl") else _read_list(path)
+
+
+def _read_list(path: Path) -> list:
+    try:
+        records = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}."
+            " A list that breaks off is a sign of an incomplete download."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 at byte {error.start}; convert it to UTF-8.") from error
+    if not isinstance(records, list) or not records:
+        raise DataError(f"{path} must hold a list of records (JSON), or one record a line (JSONL).")
+    return records
+
+
+class Jsonl(Sequence):
+    """A JSONL file, kept as the byte offsets of its lines (blank lines are left out)."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = str(path)
+        offsets, lines, position = [], [], 0
+        with open(self.path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    offsets.append(position)
+                    lines.append(number)
+                position += len(line)
+        self.offsets = np.asarray(offsets, np.int64)
+        self.lines = np.asarray(lines, np.int64)
+        self._file = None
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def __getitem__(self, i: int) -> dict:
+        if self._file is None:
+            self._file = open(self.path, "rb")
+        self._file.seek(self.offsets[i])
+        try:
+            return json.loads(self._file.readline().decode("utf-8-sig"))
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"line {self.lines[i]} is not JSON: column {error.colno}: {error.msg}."
+                " Each line must be one record."
+            ) from error
+        except UnicodeDecodeError as error:
+            raise DataError(f"line {self.lines[i]} is not UTF-8; convert the file to UTF-8.") from error
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_file": None}
+
+
+def select(count: int, fraction: float, seed: int | Sequence[int]) -> np.ndarray:
+    """Indices of a seeded random part of `count` records, in file order: 0.1 a tenth, 1.0 all, 2.0 each
+    twice.
+
+    Raises `DataError` unless the fraction is positive and leaves a record.
+    """
+    whole, part = divmod(fraction, 1.0)
+    rest = np.random.default_rng(seed).permutation(count)[: round(part * count)]
+    indices = np.sort(np.concatenate([np.tile(np.arange(count), int(max(whole, 0))), rest]))
+    if fraction <= 0 or not len(indices):
+        raise DataError(
+            f"fraction {fraction} of {count} records leaves none; it must be positive and large enough."
+        )
+    return indices
+
+
+def image_path(images: str, name: str) -> str:
+    """The absolute path of a record's image in the source's `images` folder."""
+    return os.path.abspath(os.path.join(images, name))
+
+
+def missing_files(paths: Sequence[str]) -> list[int]:
+    """Indices of the paths that are not files with something in them. Threads, for file systems over a
+    network.
+    """
+
+    def missing(path: str) -> bool:
+        try:
+            return not (os.path.isfile(path) and os.path.getsize(path))
+        except OSError:
+            return True
+
+    with ThreadPoolExecutor(16) as pool:
+        return [i for i, gone in enumerate(pool.map(missing, paths, chunksize=256)) if gone]

@@ -1,0 +1,1 @@
+"""Evaluation: tasks, scorers, the resumable runner, intervals and the report."""

@@ -1,0 +1,1 @@
+"""Inference: the batching engine, sampling, chat, and answering files of requests."""

@@ -1,0 +1,397 @@
+"""Answering requests: tokens and images in, text out; batched, streamed, or as logits.
+
+A request is `{"messages": [{"role": "user" | "assistant" | "system", "content": str}], "images": [...], "id"?: ...}`.
+Every `<image>` in a user's message stands for one image, in order; an image is a path, a PIL image or a uint8 array.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxvlm.config import ModelConfig, PromptConfig, to_dict
+from jaxvlm.data import conversation, image
+from jaxvlm.data.layout import splice, visual_tokens
+from jaxvlm.data.tokenizer import Tokenizer
+from jaxvlm.infer import decoding
+from jaxvlm.infer.answers import IMAGE_MARK, RequestError
+from jaxvlm.infer.detokenizer import Detokenizer, cut_at
+from jaxvlm.infer.sampler import row_keys
+from jaxvlm.parallel.rules import logical_rules, put_batch
+
+BATCH_SIZE = 16
+VISUAL_CACHE_BYTES = 512 * 2**20  # on the host; a chat and ten questions about one image encode it once
+IMAGES_PER_PASS = 32
+
+
+class Prompt(NamedTuple):
+    """A request as the decoder takes it; n tokens, the visual ones included."""
+
+    tokens: np.ndarray  # int32 [n]
+    visual_index: np.ndarray  # int32 [n], -1 for text
+    images: list
+    row: int  # seeds the row's random numbers, whatever batch it lands in
+
+
+class Engine:
+    """A model that answers. What `jaxvlm.load` returns.
+
+    Attributes: `config` (ModelConfig), `prompt` (PromptConfig), `params`, `tokenizer`, `mesh`. Do not replace `params`
+    of an engine in use: its image cache belongs to them.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        prompt: PromptConfig,
+        params: dict,
+        tokenizer_path: str | os.PathLike | None = None,
+        mesh: Mesh | None = None,
+    ):
+        self.config = dataclasses.replace(config, remat="none")  # nothing is differentiated here
+        self.prompt = prompt
+        self.params = params
+        self.mesh = mesh
+        self.tokenizer = Tokenizer(tokenizer_path or prompt.tokenizer)
+        conversation.check_template(self.tokenizer, prompt.template)
+        self.end_ids = conversation.stop_ids(self.tokenizer, prompt.template)
+        self._visual: OrderedDict[bytes, np.ndarray] = OrderedDict()
+        self._fingerprint: str | None = None
+
+    # ------------------------------------------------------------------------------------------------------ answering
+
+    def generate(
+        self,
+        requests: Sequence[dict],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: str | Sequence[str] | None = None,
+        batch_size: int | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> list[str]:
+        """Answers in the order of `requests`, without white space around them.
+
+        Args:
+            temperature: 0 takes the most likely token; above it, tokens are drawn and `top_p` and `seed` count.
+            stop: texts that end an answer and are not part of it, besides the template's own end of turn.
+            batch_size: rows computed at once (16).
+            on_progress: called with (answered, all) after every batch.
+
+        Raises `RequestError` before anything is computed: image count, missing image file, prompt too long.
+        """
+        answers = [""] * len(requests)
+        done = 0
+        for batch in self.generate_batches(
+            requests,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stop=stop,
+            batch_size=batch_size,
+        ):
+            for index, text in batch:
+                answers[index] = text
+            done += len(batch)
+            if on_progress:
+                on_progress(done, len(requests))
+        return answers
+
+    def generate_batches(
+        self,
+        requests: Sequence[dict],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: str | Sequence[str] | None = None,
+        batch_size: int | None = None,
+    ) -> Iterator[list[tuple[int, str]]]:
+        """As `generate`, batch by batch as they finish, longest prompts first: lists of (request index, answer)."""
+        stops = _stops(stop)
+        prompts = [self._prompt(request, index) for index, request in enumerate(requests)]
+        order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index].tokens))
+        rows = self._rows(len(prompts), batch_size or BATCH_SIZE)
+        for start in range(0, len(order), rows):
+            indices = order[start : start + rows]
+            tokens = self._answer([prompts[i] for i in indices], rows, max_new_tokens, temperature, top_p, seed)
+            texts = (cut_at(self._decode(row), stops).strip() for row in tokens)
+            yield list(zip(indices, texts, strict=True))
+
+    def stream(
+        self,
+        messages: Sequence[dict],
+        images: Sequence[Any] = (),
+        *,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: str | Sequence[str] | None = None,
+    ) -> Iterator[str]:
+        """The answer in pieces as it is written; joined they are what `generate` returns.
+
+        A piece holds whole characters only: the tokens of an unfinished one are held back.
+        """
+        prompt = self._prompt({"messages": messages, "images": images}, 0)
+        return self._stream(prompt, max_new_tokens, temperature, top_p, seed, _stops(stop))
+
+    def _stream(self, prompt, max_new_tokens, temperature, top_p, seed, stops) -> Iterator[str]:
+        writer = Detokenizer(self._decode, stops)
+        greedy = temperature <= 0
+        with self._on_mesh():
+            rows = self._rows(1, 1)
+            inputs, lengths, sampling = self._inputs([prompt], rows, max_new_tokens, temperature, top_p, seed)
+            width = np.int32(inputs[0].shape[1])
+            slots = _slots(int(width) + _capacity(max_new_tokens))
+            logits, cache = decoding.prefill(self.config, slots, self.params, *inputs, lengths)
+            token = decoding.first_token(greedy, logits, sampling)
+        limit = int(sampling.limits[0])
+        for at in range(limit):
+            chosen = int(np.asarray(token)[0])
+            if chosen in self.end_ids:
+                break
+            if piece := writer.add(chosen):
+                yield piece
+            if writer.stopped or at + 1 == limit:
+                break
+            with self._on_mesh():
+                token, cache = decoding.next_token(
+                    self.config, greedy, self.params, cache, token, lengths, width, np.int32(at), sampling
+                )
+        if rest := writer.finish():
+            yield rest
+
+    def logits(self, requests: dict | Sequence[dict]) -> np.ndarray | list[np.ndarray]:
+        """float32 logits [n, V] of a request: row j scores the token after the j-th of the spliced prompt.
+
+        n counts the visual tokens, which stand where the template puts the image. A list of requests gives a list.
+        """
+        if not isinstance(requests, dict):
+            return [self.logits(request) for request in requests]
+        prompt = self._prompt(requests, 0)
+        length = len(prompt.tokens)
+        rows, width = self._rows(1, 1), bucket(length)
+        tokens, index = np.zeros((rows, width), np.int32), np.full((rows, width), -1, np.int32)
+        tokens[0, :length], index[0, :length] = prompt.tokens, prompt.visual_index
+        with self._on_mesh():
+            visual = self._visual_rows([prompt], rows)
+            inputs = [value if value is None else self._put(value) for value in (tokens, index, visual)]
+            logits = decoding.all_logits(self.config, self.params, *inputs, np.int32(length))
+            return np.asarray(logits)[0, :length]
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the config and of every bit of the parameters: answers of two models cannot be mistaken."""
+        if self._fingerprint is None:
+            leaves = jax.tree_util.tree_leaves_with_path(self.params)
+            sums = [(jax.tree_util.keystr(path), leaf.shape, *map(int, _bit_sums(leaf))) for path, leaf in leaves]
+            text = json.dumps([to_dict(self.config), self.prompt.template, sums], sort_keys=True)
+            self._fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
+        return self._fingerprint
+
+    # ---------------------------------------------------------------------------------------------------- from request
+
+    def _prompt(self, request: dict, index: int) -> Prompt:
+        name = f"Request {request.get('id', index)}"
+        messages, images = request["messages"], list(request.get("images") or [])
+        marks = sum(message["content"].count(IMAGE_MARK) for message in messages if message.get("role") == "user")
+        if marks != len(images):
+            raise RequestError(
+                f"{name} has {marks} {IMAGE_MARK} in its messages but {len(images)} image(s). "
+                f"Every {IMAGE_MARK} stands for one image, in order."
+            )
+        for item in images:
+            if isinstance(item, (str, os.PathLike)) and not Path(item).is_file():
+                raise RequestError(f"{name}: the image {item} does not exist.")
+        tokens = conversation.prompt(messages, self.tokenizer, self.prompt.template, self.prompt.layout)
+        limit = self.config.llm.max_positions
+        visual = visual_tokens(self.config.vision)
+        length = len(tokens) + len(images) * (visual - 1)
+        if length >= limit:
+            parts = f", {len(images) * visual} of them of images" if images else ""
+            raise RequestError(
+                f"{name} is {length} tokens long{parts}; the model has {limit} positions, and the answer needs some. "
+                "Shorten the conversation (in a chat: /clear)."
+            )
+        encoded = conversation.Encoded(tokens, np.zeros(len(tokens), np.float32))
+        spliced = splice(encoded, visual, self.prompt.layout, bos_id=self.tokenizer.bos_id)
+        row = zlib.crc32(str(request.get("id", index)).encode())
+        return Prompt(spliced.tokens, spliced.visual_index, images, row)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode([i for i in ids if i not in self.end_ids])
+
+    # ------------------------------------------------------------------------------------------------------- to device
+
+    def _answer(self, prompts, rows, max_new_tokens, temperature, top_p, seed) -> list[list[int]]:
+        """Token ids of each prompt's answer."""
+        with self._on_mesh():
+            inputs, lengths, sampling = self._inputs(prompts, rows, max_new_tokens, temperature, top_p, seed)
+            capacity, greedy = _capacity(max_new_tokens), temperature <= 0
+            slots = _slots(inputs[0].shape[1] + capacity)
+            logits, cache = decoding.prefill(self.config, slots, self.params, *inputs, lengths)
+            out, _ = decoding.decode(self.config, capacity, greedy, self.params, cache, logits, lengths, sampling)
+        return [[int(token) for token in row if token >= 0] for row in np.asarray(out)[: len(prompts)]]
+
+    def _inputs(self, prompts: Sequence[Prompt], rows: int, max_new_tokens, temperature, top_p, seed):
+        """Left-pads prompts into a batch of `rows` (the last of which may be empty): (inputs of prefill, sampling)."""
+        width = bucket(max(len(prompt.tokens) for prompt in prompts))
+        tokens, index = np.zeros((rows, width), np.int32), np.full((rows, width), -1, np.int32)
+        lengths, limits, row_ids = (
+            np.ones(rows, np.int32),
+            np.zeros(rows, np.int32),
+            np.zeros(rows, np.uint32),
+        )
+        for row, prompt in enumerate(prompts):
+            lengths[row] = len(prompt.tokens)
+            tokens[row, -lengths[row] :], index[row, -lengths[row] :] = prompt.tokens, prompt.visual_index
+            limits[row] = min(max_new_tokens, self.config.llm.max_positions - lengths[row])
+            row_ids[row] = prompt.row
+        visual = self._visual_rows(prompts, rows)
+        ends = np.asarray(self.end_ids or (-1,), np.int32)
+        sampling = decoding.Sampling(
+            row_keys(seed, row_ids), np.float32(max(temperature, 1e-6)), np.float32(top_p), ends, limits
+        )
+        if visual is None:
+            return (self._put(tokens), None, None), lengths, sampling
+        return (self._put(tokens), self._put(index), self._put(visual)), lengths, sampling
+
+    def _visual_rows(self, prompts: Sequence[Prompt], rows: int) -> np.ndarray | None:
+        """Visual tokens of a batch, [rows, T * N, D]; None if no prompt has an image."""
+        most = max(len(prompt.images) for prompt in prompts)
+        if not most:
+            return None
+        tiles = 1 << (most - 1).bit_length()  # few shapes: 1, 2, 4, ... images a row
+        found = self._encode_images([item for prompt in prompts for item in prompt.images])
+        tokens, width = found[0].shape
+        visual = np.zeros((rows, tiles * tokens, width), found[0].dtype)
+        pieces = iter(found)
+        for row, prompt in enumerate(prompts):
+            for tile in range(len(prompt.images)):
+                visual[row, tile * tokens : (tile + 1) * tokens] = next(pieces)
+        return visual
+
+    def _encode_images(self, images: Sequence[Any]) -> list[np.ndarray]:
+        """Visual tokens [N, D] of each image; every distinct picture goes through the tower once."""
+        vision = self.config.vision
+
+        def read(item: Any) -> tuple[bytes, np.ndarray]:
+            pixels = image.transform(image.load_image(item), self.prompt.transform, vision.image_size, vision.mean)
+            return hashlib.sha256(pixels.tobytes()).digest(), pixels
+
+        names = [str(item) if isinstance(item, (str, os.PathLike)) else id(item) for item in images]
+        distinct = dict(zip(names, images, strict=True))
+        with ThreadPoolExecutor(4) as pool:
+            loaded = dict(zip(distinct, pool.map(read, distinct.values()), strict=True))
+        keys = [loaded[name][0] for name in names]
+        found = {key: self._visual[key] for key in keys if key in self._visual}
+        missing = list({key: pixels for key, pixels in loaded.values() if key not in found}.items())
+        for start in range(0, len(missing), IMAGES_PER_PASS):
+            part = missing[start : start + IMAGES_PER_PASS]
+            pixels = np.zeros((self._rows(len(part), IMAGES_PER_PASS), *part[0][1].shape), np.uint8)
+            pixels[: len(part)] = [item for _, item in part]
+            visual = np.asarray(decoding.encode_images(self.config, self.params, self._put(pixels)))
+            found |= {key: visual[i] for i, (key, _) in enumerate(part)}
+        for key in dict.fromkeys(keys):
+            self._visual[key] = found[key]
+            self._visual.move_to_end(key)
+        while len(self._visual) > 1 and len(self._visual) * found[keys[0]].nbytes > VISUAL_CACHE_BYTES:
+            self._visual.popitem(last=False)
+        return [found[key] for key in keys]
+
+    def _rows(self, count: int, most: int) -> int:
+        """Rows computed at once for `count` of them: `most`, or for fewer the next power of two.
+
+        On a mesh it is rounded up to a multiple of the data-parallel size; surplus rows are computed and dropped.
+        """
+        rows = most if count >= most else min(most, 1 << max(count - 1, 0).bit_length())
+        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"] if self.mesh else 1
+        return -(-rows // shards) * shards
+
+    def _put(self, array: np.ndarray) -> np.ndarray | jax.Array:
+        return put_batch({"": array}, self.mesh)[""] if self.mesh else array
+
+    @contextlib.contextmanager
+    def _on_mesh(self) -> Iterator[None]:
+        if self.mesh is None:
+            yield
+            return
+        with jax.set_mesh(self.mesh), nn.logical_axis_rules(logical_rules()):
+            yield
+
+
+def load(path: str | os.PathLike, mesh: Mesh | None = None) -> Engine:
+    """An engine from a run's work directory, a saved jaxvlm model, or a folder in llava-hf's form.
+
+    Raises `CheckpointError` or `WeightsError` saying what is wrong with `path`.
+    """
+    # Imported here: what only answers requests from parameters at hand needs neither of them.
+    from jaxvlm.train.checkpoint import MANIFEST, load_model
+    from jaxvlm.weights import import_model, prompt_from
+
+    path = Path(path).expanduser()
+    ours = any((folder / MANIFEST).is_file() for folder in (path, path / "model"))
+    foreign = path / "config.json"
+    if not ours and foreign.is_file() and "model_type" in json.loads(foreign.read_text(encoding="utf-8")):
+        config, params = import_model(path)
+        return Engine(config, prompt_from(path), params, mesh=mesh)
+    params, config, prompt, _ = load_model(path)
+    return Engine(config, prompt, params, mesh=mesh)
+
+
+def bucket(length: int) -> int:
+    """The padded length of a prompt: a multiple of 16 up to 128, then four sizes to every doubling.
+
+    So few programs are compiled, and padding costs a tenth on average.
+    """
+    step = max(16, (1 << (length - 1).bit_length()) // 8)
+    return -(-length // step) * step
+
+
+def _capacity(max_new_tokens: int) -> int:
+    """Slots for the answer: a power of two from 16, so that a few more tokens do not compile anew."""
+    if max_new_tokens < 1:
+        raise RequestError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
+    return max(16, 1 << (max_new_tokens - 1).bit_length())
+
+
+def _slots(length: int) -> int:
+    """Slots of a cache for `length` tokens: a few sizes, each shared by several buckets."""
+    step = max(128, (1 << (length - 1).bit_length()) // 4)
+    return -(-length // step) * step
+
+
+def _stops(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (stop,) if isinstance(stop, str) else tuple(stop or ())
+
+
+@jax.jit
+def _bit_sums(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The bits of an array summed as integers, plainly and weighted by position; exact in any order of summation."""
+    kind = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(leaf, kind).astype(jnp.uint32)
+    weights = jnp.uint32(1)
+    for axis in range(leaf.ndim):  # no flattening: a sharded leaf stays where it is
+        place = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+        weights = weights * jnp.uint32(2654435761) + 2 * place
+    return bits.sum(dtype=jnp.uint32), (bits * weights).sum(dtype=jnp.uint32)

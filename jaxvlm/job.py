@@ -1,0 +1,308 @@
+"""The main job: every stage of a config trained in order, the model saved, evaluated and reported."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax.traverse_util import unflatten_dict
+from jax.sharding import Mesh
+
+import jaxvlm
+from jaxvlm.config import ConfigError, LoRAConfig, ModelConfig, RunConfig, StageConfig, build, differences, to_dict
+from jaxvlm.data import assets
+from jaxvlm.data.loader import Loader
+from jaxvlm.evals import report, runner, tasks
+from jaxvlm.infer.engine import Engine
+from jaxvlm.models.lora import merge_lora
+from jaxvlm.models.vlm import abstract_params, init_params, logical_axes
+from jaxvlm.parallel.mesh import make_mesh
+from jaxvlm.parallel.rules import param_shardings
+from jaxvlm.train.checkpoint import CheckpointError, describe, existing_parent, save_model, write_json
+from jaxvlm.train.features import cached_features
+from jaxvlm.train.flops import peak_flops
+from jaxvlm.train.loop import train_stage
+from jaxvlm.train.metrics import StageResult, StatusLine, duration, read_metrics
+from jaxvlm.train.state import count, flat, nbytes, split
+from jaxvlm.weights import import_model, import_part
+
+PARTS = ("vision", "connector", "llm")
+# Settings that may change between a run and its continuation without changing what is learnt.
+FREE = ("config.log_every_steps", "config.checkpoint.", "config.mesh.", "config.eval.", "config.name")
+FREE += ("config.description", "config.expected")
+
+
+def run(config: RunConfig, workdir: str | Path) -> dict[str, Any]:
+    """Trains, evaluates and reports; picks up wherever an earlier call on the same `workdir` stopped.
+
+    Returns the content of report.json. Raises `ConfigError`, `DataError`, `WeightsError`, `AssetError` or
+    `CheckpointError`, each with the fix in its message, and `Interrupted` after a signal, with everything saved.
+    """
+    started = time.perf_counter()
+    workdir = Path(workdir)
+    claim_workdir(config, workdir)
+    print(opening(config, workdir), flush=True)
+    config = resolve_assets(config)
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        params = initial_params(config, mesh)
+        print(f"Model: {', '.join(describe(params))} parameters, computing in {config.model.dtype}.")
+        check_disk(params, config, workdir)
+        results = []
+        for number, stage in enumerate(config.stages):
+            params, result = run_stage(number, stage, config, params, mesh, workdir)
+            results.append(result)
+        model, params = without_adapters(config.model, params)
+        save_model(workdir / "model", params, model, config.prompt, model_notes(config, results))
+        print(f"\nModel saved to {workdir / 'model'}.\n")
+        engine = Engine(model, config.prompt, params, mesh=mesh)
+        scores = evaluate(engine, config, workdir / "eval") if config.eval.task else None
+    return finish(config, workdir, results, scores, started)
+
+
+def claim_workdir(config: RunConfig, workdir: Path) -> None:
+    """Makes the work directory this run's own, or checks that it already is. Raises `ConfigError` otherwise."""
+    path, wanted = workdir / "config.json", json.loads(json.dumps(to_dict(config)))
+    if path.is_file():
+        changed = [d for d in differences(json.loads(path.read_text()), wanted) if not d.startswith(FREE)]
+        if changed:
+            lines = "\n  ".join(changed[:8] + (["..."] if len(changed) > 8 else []))
+            raise ConfigError(
+                f"{workdir} holds a run with other settings:\n  {lines}\nGive a new --workdir, or the old settings."
+            )
+    elif workdir.is_dir() and any(workdir.iterdir()):
+        raise ConfigError(f"{workdir} is not empty and holds no jaxvlm run. Give a new --workdir.")
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(path, wanted)
+    write_json(workdir / "environment.json", environment())
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices and code revision: what a result depends on beside its config."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
+    git = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return {
+        "jaxvlm": jaxvlm.__version__,
+        "revision": git.stdout.strip() or None,
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in packages},
+        "devices": [device.device_kind for device in jax.devices()],
+    }
+
+
+def opening(config: RunConfig, workdir: Path) -> str:
+    """What is about to happen, in a few lines."""
+    lines = [f"jaxvlm {jaxvlm.__version__}: {config.name}", *(config.description.strip().splitlines())]
+    if config.expected:
+        lines.append(f"Expect {config.expected}.")
+    lines.append(f"Everything goes to {workdir}; run the same command again to continue after an interruption.")
+    return "\n".join(lines)
+
+
+def resolve_assets(config: Any) -> Any:
+    """The config with every 'asset:NAME/...' path replaced by the file it stands for, fetched when it is missing."""
+    if isinstance(config, str) and config.startswith("asset:"):
+        return str(assets.resolve(config))
+    if isinstance(config, tuple):
+        return tuple(resolve_assets(item) for item in config)
+    if dataclasses.is_dataclass(config):
+        values = {item.name: resolve_assets(getattr(config, item.name)) for item in dataclasses.fields(config)}
+        return type(config)(**values)
+    return config
+
+
+def initial_params(config: RunConfig, mesh: Mesh) -> dict:
+    """Parameters from the paths of `config.init`, the rest initialised from the seed, all in their final sharding."""
+    abstract = abstract_params(config.model)
+    shardings = param_shardings(logical_axes(config.model), abstract, mesh)
+    loaded: dict[str, Any] = {}
+    if config.init.model:
+        found, params = import_model(config.init.model)
+        require_same_model(found, config.model, config.init.model)
+        loaded = flat(params)
+    for part in PARTS:
+        if path := getattr(config.init, part):
+            subtree = import_part(path, part, config.model, shardings=shardings[part])
+            loaded |= {f"{part}/{name}": leaf for name, leaf in flat(subtree).items()}
+    wanted, placed = flat(abstract), flat(shardings)
+    missing = {path: placed[path] for path in wanted if path not in loaded}
+
+    def fill(rng):  # only what is missing is ever computed
+        leaves = flat(init_params(config.model, rng))
+        return {path: leaves[path] for path in missing}
+
+    fresh = jax.jit(fill, out_shardings=missing)(jax.random.key(config.seed))
+    return unflatten_dict({path: loaded.get(path, fresh.get(path)) for path in wanted}, sep="/")
+
+
+def require_same_model(found: ModelConfig, wanted: ModelConfig, path: str) -> None:
+    """Raises `ConfigError` when a checkpoint's shape is not the config's (precision and adapters apart)."""
+    changed = [
+        line
+        for line in differences(to_dict(found), to_dict(wanted), "config.model")
+        if not line.startswith(("config.model.dtype", "config.model.remat", "config.model.llm.lora"))
+    ]
+    if changed:
+        raise ConfigError(f"The model in {path} is not the config's:\n  " + "\n  ".join(changed))
+
+
+def check_disk(params: dict, config: RunConfig, workdir: Path) -> None:
+    """Fails before the first step, not after the last, when the disk cannot hold what will be written."""
+    need = nbytes(params)
+    for stage in config.stages:
+        need += config.checkpoint.keep * 3 * nbytes(split(params, stage.trainable)[0])
+    free = shutil.disk_usage(existing_parent(workdir)).free
+    if free < need:
+        raise CheckpointError(
+            f"{workdir} needs about {need / 1e9:.1f} GB for checkpoints and the model, but {free / 1e9:.1f} GB are "
+            "free. Free some space, give another --workdir, or lower --config.checkpoint.keep."
+        )
+
+
+def run_stage(
+    number: int, stage: StageConfig, config: RunConfig, params: dict, mesh: Mesh, workdir: Path
+) -> tuple[dict, StageResult]:
+    """Reads the stage's data, caches frozen features if it asks for that, and trains."""
+    trainable, _ = split(params, stage.trainable)
+    print(
+        f"\nStage {number + 1} of {len(config.stages)}: {stage.name} - trains {count(trainable) / 1e6:.2f} M of "
+        f"{count(params) / 1e6:.1f} M parameters"
+    )
+
+    def loader(features=None):
+        return Loader(
+            stage.data,
+            config.prompt,
+            config.model.vision,
+            batch_size=stage.batch_size,
+            steps=stage.steps,
+            epochs=stage.epochs,
+            seed=config.seed + number,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            features=features,
+        )
+
+    data = loader()
+    stats = data.stats()
+    print(
+        f"  {stats['records']:,} records in {stats['rows']:,} rows ({stats['fill']:.0%} full), "
+        f"{stats['supervised_tokens']:,} of {stats['tokens']:,} tokens supervised; {data.num_steps:,} steps of "
+        f"{stage.batch_size} rows" + (f"; {stats['skipped']} records skipped" if stats["skipped"] else "")
+    )
+    if stage.cache_features:
+        if flat(trainable).keys() & {f"vision/{name}" for name in flat(params["vision"])}:
+            raise ConfigError(f"Stage '{stage.name}' trains the vision tower, so cache_features must be False.")
+        line = StatusLine()
+        features = cached_features(
+            config.model,
+            params["vision"],
+            data.image_paths(),
+            stage.data.transform or config.prompt.transform,
+            workdir / "features",
+            on_progress=lambda done, total: line.show(f"  vision features {done:,}/{total:,} images"),
+        )
+        line.end()
+        data = loader(features)
+    directory = workdir / "stages" / f"{number}_{stage.name}"
+    return train_stage(
+        stage, config.model, params, data, mesh, directory, config.checkpoint, config.log_every_steps
+    )
+
+
+def model_notes(config: RunConfig, results: list[StageResult]) -> dict[str, Any]:
+    """What the finished model's manifest says of how it was made."""
+    return {
+        "name": config.name,
+        "stages": [dataclasses.asdict(result) for result in results],
+        "init": to_dict(config.init),
+        "environment": environment(),
+    }
+
+
+def without_adapters(model: ModelConfig, params: dict) -> tuple[ModelConfig, dict]:
+    """The model with its LoRA adapters added to the weights they adapt: what is saved, served and exported."""
+    if not model.llm.lora.rank:
+        return model, params
+    merged = dataclasses.replace(model, llm=dataclasses.replace(model.llm, lora=LoRAConfig()))
+    return merged, jax.jit(lambda tree: merge_lora(tree, model.llm), donate_argnums=0)(params)
+
+
+def evaluate(engine: Engine, config: RunConfig, directory: Path) -> dict[str, Any]:
+    """Answers the test questions, sighted and blind; resumes from the answers already in `directory`."""
+    sources = [source.path for source in config.stages[-1].data.sources] if config.stages else []
+    return runner.run(
+        engine,
+        config.eval,
+        workdir=directory,
+        training=tasks.read_training_answers(sources) if sources else None,
+        seed=config.seed,
+    )
+
+
+def finish(
+    config: RunConfig, workdir: Path, results: list[StageResult], scores: dict | None, started: float
+) -> dict[str, Any]:
+    """Writes report.json and report.html, and shows what a person wants to see first."""
+    made = report.write_report(
+        workdir,
+        results=scores,
+        stages=[dataclasses.asdict(result) for result in results],
+        metrics=read_metrics(workdir / "metrics.jsonl"),
+        wall_seconds=round(time.perf_counter() - started, 1),
+        peak_memory_bytes=peak_memory_bytes(),
+        config=json.loads((workdir / "config.json").read_text()),
+        devices=[device.device_kind for device in jax.devices()],
+        facts={"MFU is relative to": peak_flops()[1]},
+    )
+    print("\n" + report.terminal_table(made))
+    if made["samples"]:
+        print("\n" + report.sample_blocks(made["samples"]))
+    print(
+        f"\nDone in {duration(made['wall_seconds'])}, peak memory {made['peak_memory_bytes'] / 1e9:.1f} GB.\n"
+        f"Open {workdir / 'report.html'} in a browser, or talk to the model:\n  jaxvlm chat --run {workdir}"
+    )
+    return made
+
+
+def run_config(workdir: Path) -> RunConfig:
+    """The config of an earlier run. Raises `ConfigError` when `workdir` holds none."""
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"{workdir} holds no run (no config.json). Give the --workdir of a training run.")
+    return build(RunConfig, json.loads(path.read_text()))
+
+
+def show_scores(scores: dict[str, Any], path: Path) -> None:
+    """Prints an evaluation's table and keeps its figures."""
+    write_json(path, scores)
+    print("\n" + report.terminal_table({"eval": scores["scores"]}) + f"\n\nWritten to {path}.")
+
+
+def show_report(workdir: Path) -> None:
+    """Prints a finished run's table and renders its page again."""
+    path = workdir / "report.json"
+    if not path.is_file():
+        raise ConfigError(f"{workdir} has no report.json yet; it is written at the end of the run.")
+    made = json.loads(path.read_text())
+    page = report.render(made, read_metrics(workdir / "metrics.jsonl"), to_dict(run_config(workdir)))
+    (workdir / "report.html").write_text(page)
+    print(report.terminal_table(made) + f"\n\nWritten to {workdir / 'report.html'}.")
+
+
+def peak_memory_bytes() -> int:
+    """The process's largest resident size so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

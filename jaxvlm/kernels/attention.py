@@ -1,0 +1,160 @@
+"""Interval-mask attention: one signature, and an ordered list of implementations for each backend.
+
+The first implementation of the backend's list that supports the call serves it; the choice is logged once.
+`xla` is the reference every other one is tested against, and the last resort on every backend.
+"""
+
+import logging
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+# Above this many query-key pairs the XLA reference goes through the queries in blocks, so that its memory grows with
+# the length and not with its square; below it, one block is faster.
+DENSE_PAIRS = 1024 * 1024
+
+
+class Implementation(NamedTuple):
+    """`supports(q, k)` gives None, or the reason (a clause) why `run` cannot serve arrays of these shapes and types."""
+
+    name: str
+    supports: Callable[[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct], str | None]
+    run: Callable[..., jax.Array]  # (q, k, v, k_start, k_end, scale) -> out
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    k_start: jax.Array,
+    k_end: jax.Array,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Softmax attention in which query i sees the keys `k_start[i] <= j < k_end[i]`.
+
+    Grouped queries are native: query head n reads key head `n // (H // K)`. The softmax is float32. A query with an
+    empty interval gives zeros and receives and passes on zero gradients; a key that no query sees may hold anything,
+    NaN included. The output carries the checkpoint name 'attention_out' for rematerialisation policies.
+
+    Args:
+        q: [B, S, H, h].
+        k, v: [B, T, K, h] with K dividing H.
+        k_start, k_end: int32 [B, S]; see `jaxvlm.kernels.intervals`.
+        scale: multiplies the scores; h**-0.5 when None.
+        implementation: forces one by name; None takes the first that supports the call.
+
+    Returns:
+        [B, S, H, h] in q's dtype.
+
+    Raises:
+        ValueError: shapes that do not fit together, or a forced implementation that cannot serve the call.
+    """
+    _check_shapes(q, k, v, k_start, k_end)
+    chosen = _choose(jax.default_backend(), jax.typeof(q), jax.typeof(k), implementation)
+    out = chosen.run(q, k, v, k_start, k_end, q.shape[-1] ** -0.5 if scale is None else scale)
+    return checkpoint_name(out, "attention_out")
+
+
+def _check_shapes(q, k, v, k_start, k_end):
+    batch, length, heads, head_dim = q.shape
+    if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != head_dim:
+        raise ValueError(f"attention: q {q.shape}, k {k.shape} and v {v.shape} do not fit together.")
+    if heads % k.shape[2]:
+        raise ValueError(f"attention: {heads} query heads cannot share {k.shape[2]} key heads; K must divide H.")
+    if k_start.shape != (batch, length) or k_end.shape != (batch, length):
+        raise ValueError(f"attention: k_start {k_start.shape} and k_end {k_end.shape} must be {(batch, length)}.")
+
+
+# ----------------------------------------------------------------------------------------------------- the dispatcher
+
+
+def _choose(backend: str, q, k, forced: str | None) -> Implementation:
+    candidates = IMPLEMENTATIONS.get(backend, IMPLEMENTATIONS["cpu"])
+    if forced is not None:
+        candidates = tuple(each for each in candidates if each.name == forced)
+        if not candidates:
+            known = ", ".join(each.name for each in IMPLEMENTATIONS.get(backend, IMPLEMENTATIONS["cpu"]))
+            raise ValueError(f"attention: no implementation '{forced}' for {backend}; it has: {known}.")
+    reasons = []
+    for each in candidates:
+        reason = each.supports(q, k)
+        if reason is None:
+            _log_choice(backend, each.name, tuple(reasons))
+            return each
+        reasons.append(f"{each.name}: {reason}")
+    raise ValueError(f"attention on {backend}: {'; '.join(reasons)}.")
+
+
+@cache  # once for each distinct choice
+def _log_choice(backend: str, name: str, passed_over: tuple[str, ...]) -> None:
+    why = f" ({'; '.join(passed_over)})" if passed_over else ""
+    logging.getLogger(__name__).info("attention on %s: %s%s", backend, name, why)
+
+
+# -------------------------------------------------------------------------------------------------- the XLA reference
+
+
+def _xla(q, k, v, k_start, k_end, scale):
+    """The reference: dense for short sequences, over rematerialised blocks of queries for long ones."""
+    batch, length, heads, head_dim = q.shape
+    keys, kv_heads = k.shape[1:3]
+    # 0 * NaN is NaN, in the backward pass too: what nobody may see has to be zero before it meets a product.
+    q = jnp.where((k_start < k_end)[..., None, None], q, 0)
+    seen = _seen(k_start, k_end, keys)[..., None, None]  # [B, T, 1, 1]
+    k, v = jnp.where(seen, k, 0), jnp.where(seen, v, 0)
+    q = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)  # [B, S, K, G, h]
+
+    blocks = _num_blocks(length, keys)
+    if blocks == 1:
+        return _dense(q, k, v, k_start, k_end, scale).reshape(batch, length, heads, head_dim)
+
+    size = math.ceil(length / blocks)
+
+    def split(x):  # [B, S, ...] -> [blocks, B, size, ...]; the rows added at the end have empty intervals
+        x = jnp.pad(x, [(0, 0), (0, blocks * size - length)] + [(0, 0)] * (x.ndim - 2))
+        return x.reshape(batch, blocks, size, *x.shape[2:]).swapaxes(0, 1)
+
+    block = jax.checkpoint(lambda each: _dense(each[0], k, v, each[1], each[2], scale))
+    out = jax.lax.map(block, (split(q), split(k_start), split(k_end)))  # [blocks, B, size, K, G, h]
+    return out.swapaxes(0, 1).reshape(batch, blocks * size, heads, head_dim)[:, :length]
+
+
+def _dense(q, k, v, k_start, k_end, scale):
+    """[B, S, K, G, h] queries against [B, T, K, h] keys and values -> [B, S, K, G, h]."""
+    scores = jnp.einsum("bskgh,btkh->bkgst", q, k, preferred_element_type=jnp.float32) * scale
+    index = jnp.arange(k.shape[1])
+    visible = (k_start[..., None] <= index) & (index < k_end[..., None])  # [B, S, T]
+    visible = visible[:, None, None]
+    highest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True, where=visible, initial=-1e30))
+    weights = jnp.where(visible, jnp.exp(jnp.where(visible, scores - highest, 0.0)), 0.0)  # [B, K, G, S, T]
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = weights / jnp.where(total == 0.0, 1.0, total)
+    return jnp.einsum("bkgst,btkh->bskgh", weights.astype(v.dtype), v).astype(q.dtype)
+
+
+def _seen(k_start, k_end, keys: int):
+    """bool [B, T]: the keys that lie in any query's interval, by counting the intervals that open and close."""
+    start, end = jnp.clip(k_start, 0, keys), jnp.clip(k_end, 0, keys)
+    opens = (start < end).astype(jnp.int32)
+    row = jnp.arange(start.shape[0])[:, None]
+    edges = jnp.zeros((start.shape[0], keys + 1), jnp.int32).at[row, start].add(opens).at[row, end].add(-opens)
+    return jnp.cumsum(edges, axis=1)[:, :keys] > 0
+
+
+def _num_blocks(length: int, keys: int) -> int:
+    if length * keys <= DENSE_PAIRS:
+        return 1
+    return min(length, math.ceil(2 * length * keys / DENSE_PAIRS))
+
+
+XLA = Implementation("xla", lambda q, k: None, _xla)
+
+# In order of preference. A kernel joins by a line in its backend's list.
+IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {"cpu": (XLA,), "gpu": (XLA,), "tpu": (XLA,)}

@@ -1,0 +1,308 @@
+"""The command line: `python -m jaxvlm.main --config C --workdir W` runs the main job; verbs do everything else."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import runpy
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxvlm.config import ConfigError, RunConfig, UserError, build, to_dict
+
+USAGE = """jaxvlm: train, evaluate and talk to vision-language models in JAX.
+
+The main job, every stage and then the evaluation, resumed where it stopped if it is run again:
+  python -m jaxvlm.main --config configs/quickstart.py --workdir runs/quickstart
+    --config FILE.py[:ARG,ARG=VALUE]     the run; `--config.stages[1].optimizer.learning_rate=1e-4` changes one setting
+    --workdir DIR                        where everything goes
+    --print_config                       show every setting and stop
+
+Verbs (`jaxvlm VERB --help` for each):
+  chat       talk about an image with a trained model
+  generate   answer one request, or a JSONL file of them
+  eval       evaluate a run, or the whole test split with --full
+  import     read a checkpoint of another project and save it as a jaxvlm model
+  export     write a model as a Hugging Face llava folder
+  report     show a run's scores and make its report.html again
+  doctor     what this machine has, and what to do about what is missing
+"""
+
+
+def load_config(spec: str, overrides: dict[str, Any] | Sequence[str] = ()) -> RunConfig:
+    """Reads `FILE.py[:args]` and applies overrides: `{'stages[0].steps': 5}` or `['--config.stages[0].steps=5']`.
+
+    Raises `ConfigError` naming the file, key or value and the nearest valid one.
+    """
+    from absl import flags
+    from ml_collections import config_flags
+
+    if isinstance(overrides, dict):
+        overrides = [f"--config.{key}={value}" for key, value in overrides.items()]
+    path, _, arg = spec.partition(":")
+    if not Path(path).is_file():
+        raise ConfigError(f"There is no config file '{path}'. The ones shipped with jaxvlm lie in configs/.")
+    values = runpy.run_path(path)["get_config"](arg)
+    known, argv = flags.FlagValues(), ["jaxvlm", *overrides]
+    try:
+        config_flags.DEFINE_config_dict("config", values, flag_values=known, sys_argv=argv)
+        known(argv)
+    except (AttributeError, KeyError) as error:  # how config_flags reports a key that is not there
+        hint = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', str(error))
+        bad = f"'{hint[2]}' is not a setting. Did you mean '{hint[1]}'?" if hint else f"no such setting: {error}."
+        raise ConfigError(f"In {' '.join(overrides)}: {bad}") from error
+    except (flags.Error, IndexError, ValueError, TypeError) as error:
+        raise ConfigError(f"In {' '.join(overrides)}: {error}") from error
+    return build(RunConfig, values.to_dict())
+
+
+def run(config: str | RunConfig, workdir: str | Path, overrides: dict[str, Any] | Sequence[str] = ()) -> dict[str, Any]:
+    """The main job, for programs and notebooks: `run('configs/quickstart.py', 'runs/quickstart')` -> report."""
+    if isinstance(config, str):
+        config = load_config(config, overrides)
+    prepare_jax()
+    from jaxvlm import job
+
+    return job.run(config, workdir)
+
+
+def prepare_jax() -> None:
+    """Keeps compiled programs between runs, so that a restart does not compile again."""
+    import jax
+
+    from jaxvlm.data.assets import cache_dir
+
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+
+
+# ------------------------------------------------------------------------------------------------------------ the verbs
+
+
+def train(argv: Sequence[str]) -> None:
+    """The main job."""
+    parser = argparse.ArgumentParser(prog="jaxvlm", usage=USAGE, add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--workdir")
+    parser.add_argument("--print_config", action="store_true")
+    options, overrides = parser.parse_known_args(argv)
+    strange = [arg for arg in overrides if not arg.startswith("--config.")]
+    if strange:
+        raise ConfigError(f"Unknown argument '{strange[0]}'. `jaxvlm --help` lists what there is.")
+    config = load_config(options.config, overrides)
+    if options.print_config:
+        print(json.dumps(to_dict(config), indent=2))
+        return
+    if not options.workdir:
+        raise ConfigError("Give --workdir, the folder for checkpoints, metrics and the report.")
+    run(config, options.workdir)
+
+
+def chat(argv: Sequence[str]) -> None:
+    """Talk about an image with a trained model."""
+    parser = _model_parser("chat", chat.__doc__)
+    parser.add_argument("--image", help="start with this image; /image PATH loads one later")
+    _sampling(parser, max_new_tokens=256)
+    options = parser.parse_args(argv)
+    prepare_jax()
+    from jaxvlm.infer.chat import chat as converse
+    from jaxvlm.infer.engine import load
+
+    converse(
+        load(options.run),
+        image=options.image,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+
+
+def generate(argv: Sequence[str]) -> None:
+    """Answer one request, or a JSONL file of them (resumed where it stopped)."""
+    parser = _model_parser("generate", generate.__doc__)
+    parser.add_argument("question", nargs="?", help="one question; its answer is printed")
+    parser.add_argument("--image", help="the image it is about")
+    parser.add_argument("--input", help='JSONL of {"question_id", "text", "image"}')
+    parser.add_argument("--output", help="where the answers go, as JSONL")
+    parser.add_argument("--images", default="", help="folder that the image paths are relative to")
+    parser.add_argument("--batch_size", type=int)
+    _sampling(parser, max_new_tokens=128)
+    options = parser.parse_args(argv)
+    if bool(options.question) == bool(options.input) or bool(options.input) != bool(options.output):
+        raise ConfigError("Give either a question (with --image if it is about one), or --input and --output.")
+    prepare_jax()
+    from jaxvlm.infer.answers import generate_file
+    from jaxvlm.infer.engine import load
+
+    engine = load(options.run)
+    sampling = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
+    if options.input:
+        more = dict(images=options.images, batch_size=options.batch_size, model_id=Path(options.run).name)
+        generate_file(engine, options.input, options.output, **more, **sampling)
+        return
+    images = [options.image] if options.image else []
+    content = "<image>\n" * len(images) + options.question
+    for piece in engine.stream([{"role": "user", "content": content}], images, **sampling):
+        print(piece, end="", flush=True)
+    print()
+
+
+def evaluate(argv: Sequence[str]) -> None:
+    """Evaluate a run again: on its own subset, on another, or on the whole test split."""
+    parser = argparse.ArgumentParser(prog="jaxvlm eval", description=evaluate.__doc__)
+    parser.add_argument("--run", required=True, metavar="WORKDIR")
+    parser.add_argument("--full", action="store_true", help="every question of the test split")
+    parser.add_argument("--limit", action="append", default=[], metavar="CATEGORY=N", help="N questions of a category")
+    parser.add_argument("--blind", choices=["none", "noimage", "shuffle"], help="what the blind run sees")
+    parser.add_argument("--batch_size", type=int)
+    options = parser.parse_args(argv)
+    prepare_jax()
+    from jaxvlm import job
+    from jaxvlm.infer.engine import load
+
+    workdir = Path(options.run)
+    config = job.resolve_assets(job.run_config(workdir))
+    changes: dict[str, Any] = {}
+    if options.full:
+        changes["limits"] = ()
+    elif options.limit:
+        changes["limits"] = tuple(_limit(text) for text in options.limit)
+    if options.blind:
+        changes["blind"] = options.blind.replace("none", "")
+    if options.batch_size:
+        changes["batch_size"] = options.batch_size
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, **changes))
+    scores = job.evaluate(load(workdir), config, workdir / "eval")
+    job.show_scores(scores, workdir / "eval" / ("full.json" if options.full else "scores.json"))
+
+
+def import_checkpoint(argv: Sequence[str]) -> None:
+    """Read a llava-hf folder and save it as a jaxvlm model."""
+    parser = argparse.ArgumentParser(prog="jaxvlm import", description=import_checkpoint.__doc__)
+    parser.add_argument("path", help="the folder to read")
+    parser.add_argument("out", help="the folder to write")
+    options = parser.parse_args(argv)
+    from jaxvlm.train.checkpoint import save_model
+    from jaxvlm.weights import ImportReport, import_model, prompt_from
+
+    report = ImportReport()
+    model, params = import_model(options.path, report=report)
+    print(report)
+    save_model(Path(options.out), params, model, prompt_from(options.path), {"name": Path(options.path).name})
+    print(f"Saved to {options.out}. Try: jaxvlm chat --run {options.out}")
+
+
+def export(argv: Sequence[str]) -> None:
+    """Write a model as a Hugging Face llava folder, under the key names of the llava-hf checkpoints."""
+    parser = _model_parser("export", export.__doc__)
+    parser.add_argument("--out", required=True, help="the folder to write")
+    options = parser.parse_args(argv)
+    from jaxvlm.infer.engine import load
+    from jaxvlm.weights import export_llava_hf
+
+    engine = load(options.run)
+    export_llava_hf(engine.params, engine.config, engine.prompt, options.out)
+    print(f"Written to {options.out}.")
+
+
+def report(argv: Sequence[str]) -> None:
+    """Show a run's scores and write its report.html again."""
+    parser = argparse.ArgumentParser(prog="jaxvlm report", description=report.__doc__)
+    parser.add_argument("--run", required=True, metavar="WORKDIR")
+    options = parser.parse_args(argv)
+    from jaxvlm import job
+
+    job.show_report(Path(options.run))
+
+
+def doctor(argv: Sequence[str]) -> None:
+    """What this machine has, and what to do about what is missing."""
+    argparse.ArgumentParser(prog="jaxvlm doctor", description=doctor.__doc__).parse_args(argv)
+    from jaxvlm.doctor import doctor as examine
+
+    raise SystemExit(examine())
+
+
+def _model_parser(verb: str, description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"jaxvlm {verb}", description=description)
+    parser.add_argument("--run", required=True, metavar="PATH", help="a run's --workdir, or a llava-hf folder")
+    return parser
+
+
+def _limit(text: str) -> tuple[str, int]:
+    category, _, count = text.partition("=")
+    if not count.isdigit():
+        raise ConfigError(f"--limit takes CATEGORY=N, as in --limit what=400, not '{text}'.")
+    return category, int(count)
+
+
+def _sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    parser.add_argument("--max_new_tokens", type=int, default=max_new_tokens)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
+    parser.add_argument("--top_p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+
+
+VERBS: dict[str, Callable[[Sequence[str]], None]] = {
+    "chat": chat,
+    "generate": generate,
+    "eval": evaluate,
+    "import": import_checkpoint,
+    "export": export,
+    "report": report,
+    "doctor": doctor,
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs a verb; expected failures become one sentence and an exit code: 0 done or preempted-and-saved, 1 error."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0
+    if argv[0] == "--version":
+        import jaxvlm
+
+        print(jaxvlm.__version__)
+        return 0
+    verb, rest = (VERBS[argv[0]], argv[1:]) if argv[0] in VERBS else (train, argv)
+    try:
+        if verb is train and not argv[0].startswith("-"):
+            raise ConfigError(f"There is no verb '{argv[0]}'. The verbs are: {', '.join(VERBS)}; see `jaxvlm --help`.")
+        verb(rest)
+        return 0
+    except KeyboardInterrupt:
+        print("\nStopped.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        return _explain(error, argv)
+
+
+def _explain(error: Exception, argv: Sequence[str]) -> int:
+    """One clear sentence for the failures a user can mend; everything else keeps its traceback."""
+    from jaxvlm.train.loop import Interrupted
+
+    if isinstance(error, Interrupted):
+        command = f"python -m jaxvlm.main {shlex.join(argv)}"
+        print(f"\n{error}\nTo go on, run the same command again:\n  {command}", file=sys.stderr)
+        return 0 if error.signum == signal.SIGTERM else 130  # a preemption that was saved is not a failure
+    if not isinstance(error, UserError | OSError) or os.environ.get("JAXVLM_DEBUG"):
+        raise error
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+
+
+def entry_point() -> None:
+    """The installed `jaxvlm` command."""
+    sys.exit(main(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    entry_point()

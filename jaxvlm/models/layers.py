@@ -1,0 +1,134 @@
+"""What the towers and the decoder share: projections, norms, activations, rotary positions and the layer stack.
+
+Every parameter carries logical axis names (`nn.with_logical_partitioning`) and every large activation a logical
+constraint; which mesh axis a name means is decided elsewhere, by one table of rules.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxvlm.config import ConfigError, LoRAConfig
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # OpenAI CLIP
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),  # SigLIP
+    "gelu_erf": partial(jax.nn.gelu, approximate=False),  # DINOv2, and torch's default
+}
+
+normal_init = nn.initializers.normal(0.02)
+constrain = nn.with_logical_constraint
+
+
+def activation(name: str) -> Callable[[jax.Array], jax.Array]:
+    if name not in ACTIVATIONS:
+        raise ConfigError(f"No activation '{name}'; there are: {', '.join(ACTIVATIONS)}.")
+    return ACTIVATIONS[name]
+
+
+def uniform_fan_in(fan_in: int):
+    """torch's default for linear layers, weight and bias alike: U(-1/sqrt(fan_in), 1/sqrt(fan_in)) (recipes §1.1 A2)."""
+    bound = 1 / math.sqrt(fan_in)
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+class Projection(nn.Module):
+    """x [..., *shape_in] times a kernel [*shape_in, *shape_out], plus a bias and a low-rank adapter if asked for.
+
+    The adapter (Hu et al. 2021, eq. 3) is `x · lora_a · lora_b * alpha / rank`; `lora_b` starts at zero, so a fresh
+    adapter changes nothing.
+    """
+
+    shape_in: tuple[int, ...]
+    shape_out: tuple[int, ...]
+    axes_in: tuple[str | None, ...]
+    axes_out: tuple[str | None, ...]
+    dtype: jnp.dtype
+    bias: bool = False
+    lora: LoRAConfig = LoRAConfig()
+    kernel_init: Callable = normal_init
+    bias_init: Callable = nn.initializers.zeros
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self._contract(x, "kernel", self.shape_in, self.shape_out, self.axes_in + self.axes_out, self.kernel_init)
+        if self.bias:
+            init = nn.with_logical_partitioning(self.bias_init, self.axes_out)
+            y = y + self.param("bias", init, self.shape_out).astype(self.dtype)
+        if self.lora.rank and self.name in self.lora.targets:
+            rank, init_a = (self.lora.rank,), uniform_fan_in(math.prod(self.shape_in))
+            low = self._contract(x, "lora_a", self.shape_in, rank, (*self.axes_in, "lora"), init_a)
+            zeros = nn.initializers.zeros
+            update = self._contract(low, "lora_b", rank, self.shape_out, ("lora", *self.axes_out), zeros)
+            y = y + update * (self.lora.alpha / self.lora.rank)
+        return y
+
+    def _contract(self, x, name, shape_in, shape_out, axes, init):
+        kernel = self.param(name, nn.with_logical_partitioning(init, axes), (*shape_in, *shape_out))
+        return jnp.tensordot(x, kernel.astype(self.dtype), axes=len(shape_in))
+
+
+def layer_norm(eps: float, dtype: jnp.dtype, axis: str, name: str) -> nn.LayerNorm:
+    """LayerNorm with float32 statistics by the exact two-pass variance; `axis` names its parameters' dimension."""
+    return nn.LayerNorm(
+        epsilon=eps,
+        dtype=dtype,
+        use_fast_variance=False,
+        scale_init=nn.with_logical_partitioning(nn.initializers.ones, (axis,)),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, (axis,)),
+        name=name,
+    )
+
+
+def rms_norm(eps: float, dtype: jnp.dtype, name: str | None = None) -> nn.RMSNorm:
+    """Llama's norm, computed in float32 whatever the compute dtype."""
+    scale_init = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
+    return nn.RMSNorm(epsilon=eps, dtype=dtype, scale_init=scale_init, name=name)
+
+
+def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, float32 [B, S, 1, h/2], of RoPE (Su et al. 2021) at int32 `positions` [B, S]."""
+    frequencies = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Applies RoPE to x [B, S, H, h] in Llama's half-split layout: dimension i is paired with i + h/2."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def _keep_dots(*args, **kwargs):
+    policies = jax.checkpoint_policies
+    return policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names("attention_out")
+    )(*args, **kwargs)
+
+
+REMAT_POLICIES = {"dots": _keep_dots, "full": jax.checkpoint_policies.nothing_saveable}
+
+
+def stack(layer: type[nn.Module], depth: int, remat: str, in_axes: tuple) -> type[nn.Module]:
+    """`depth` copies of `layer` as one scanned module; their parameters gain a leading axis named 'layers'.
+
+    `layer.__call__(carry, *inputs)` returns (carry, None). `in_axes` says of each input whether layers share it
+    (`nn.broadcast`) or scan over its axis 0. `remat` is what the backward pass recomputes: 'none', 'full' (all but
+    the carry), or 'dots' (all but the products with parameters and the attention output).
+    """
+    if remat != "none":
+        if remat not in REMAT_POLICIES:
+            raise ConfigError(f"model.remat must be none, dots or full, not '{remat}'.")
+        layer = nn.remat(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)  # scan already prevents it
+    return nn.scan(
+        layer,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=in_axes,
+        length=depth,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )

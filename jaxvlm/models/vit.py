@@ -1,0 +1,139 @@
+"""One vision transformer that is CLIP, SigLIP or DINOv2 by config alone (recipes §1.1 A1, §3.5).
+
+Its features are those of a chosen layer, so the layers behind that one are not built: LLaVA reads the second-to-last
+layer's output without the final norm, and has neither the last layer's parameters nor that norm's.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxvlm.config import ConfigError, VisionConfig
+from jaxvlm.kernels import intervals
+from jaxvlm.kernels.attention import attention
+from jaxvlm.models.layers import Projection, activation, constrain, layer_norm, normal_init, stack
+
+
+def num_layers(config: VisionConfig) -> int:
+    """How many layers the features need; `feature_layer` indexes Hugging Face's `hidden_states`."""
+    layers = config.feature_layer + (config.depth + 1 if config.feature_layer < 0 else 0)
+    if not 1 <= layers <= config.depth:
+        raise ConfigError(
+            f"vision.feature_layer = {config.feature_layer} names no layer of a tower of depth {config.depth}; "
+            f"use -1 (the last) to -{config.depth}, or 1 to {config.depth}."
+        )
+    return layers
+
+
+class Attention(nn.Module):
+    config: VisionConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        c = self.config
+        shape, axes = (c.num_heads, c.width // c.num_heads), ("vision_heads", "head_dim")
+
+        def project(name):
+            to_heads = Projection((c.width,), shape, ("vision_embed",), axes, self.dtype, bias=True, name=name)
+            return constrain(to_heads(x), ("batch", "visual_length", *axes))
+
+        q, k, v = project("q"), project("k"), project("v")  # [B, N, H, h]
+        k_start, k_end = intervals.full(x.shape[0], x.shape[1], x.shape[1])
+        out = attention(q, k, v, k_start=k_start, k_end=k_end)
+        return Projection(shape, (c.width,), axes, ("vision_embed",), self.dtype, bias=True, name="o")(out)
+
+
+class MLP(nn.Module):
+    config: VisionConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        c, outer, inner = self.config, ("vision_embed",), ("vision_mlp",)
+        x = Projection((c.width,), (c.mlp_dim,), outer, inner, self.dtype, bias=True, name="up")(x)
+        x = constrain(activation(c.activation)(x), ("batch", "visual_length", "vision_mlp"))
+        return Projection((c.mlp_dim,), (c.width,), inner, outer, self.dtype, bias=True, name="down")(x)
+
+
+class Layer(nn.Module):
+    config: VisionConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        c = self.config
+        x = x + self._scaled("scale1", Attention(c, self.dtype, name="attn")(self._norm("norm1", x)))
+        x = x + self._scaled("scale2", MLP(c, self.dtype, name="mlp")(self._norm("norm2", x)))
+        return constrain(x, ("batch", "visual_length", None)), None
+
+    def _norm(self, name, x):
+        return layer_norm(self.config.norm_eps, self.dtype, "vision_embed", name)(x)
+
+    def _scaled(self, name, x):
+        if not self.config.layer_scale:
+            return x
+        init = nn.with_logical_partitioning(nn.initializers.ones, ("vision_embed",))
+        return x * self.param(name, init, (self.config.width,)).astype(self.dtype)
+
+
+class ViT(nn.Module):
+    config: VisionConfig
+    dtype: jnp.dtype
+    remat: str
+
+    @nn.compact
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        """Normalised pixels [B, image_size, image_size, 3] -> features [B, (1 +) grid * grid, D] before pooling.
+
+        The class token comes first when `feature_tokens` is 'cls_patch' and is dropped otherwise.
+        """
+        c = self.config
+        if c.feature_tokens not in ("patch", "cls_patch"):
+            raise ConfigError(f"vision.feature_tokens must be patch or cls_patch, not '{c.feature_tokens}'.")
+        if c.feature_tokens == "cls_patch" and not c.class_token:
+            raise ConfigError("vision.feature_tokens = 'cls_patch' needs a tower with a class token.")
+        x = self._embed(pixels.astype(self.dtype))  # [B, prefix + N, D]
+        if c.pre_norm:
+            x = layer_norm(c.norm_eps, self.dtype, "vision_embed", "pre_norm")(x)
+        x, _ = stack(Layer, num_layers(c), self.remat, in_axes=())(c, self.dtype, name="layers")(x)
+        if c.feature_norm:
+            x = layer_norm(c.norm_eps, self.dtype, "vision_embed", "post_norm")(x)
+        patches = x[:, c.class_token + c.num_registers :]
+        return jnp.concatenate([x[:, :1], patches], axis=1) if c.feature_tokens == "cls_patch" else patches
+
+    def _embed(self, pixels):
+        """Patches with positions, after the class and register tokens: [B, H, W, 3] -> [B, prefix + N, D]."""
+        c, p = self.config, self.config.patch_size
+        batch, grid = pixels.shape[0], c.image_size // p
+        # A convolution whose stride is its width is a product. Pixels beyond the last whole patch are not read
+        # (SigLIP at 384 / 14), as in a VALID convolution.
+        patches = pixels[:, : grid * p, : grid * p].reshape(batch, grid, p, grid, p, 3).swapaxes(2, 3)
+        patches = patches.reshape(batch, grid * grid, p, p, 3)
+        axes_in, axes_out = (None, None, None), ("vision_embed",)
+        to_width = Projection((p, p, 3), (c.width,), axes_in, axes_out, self.dtype, c.patch_bias, name="patch_embed")
+        x = to_width(patches)  # [B, N, D]
+        if c.class_token:
+            x = jnp.concatenate([self._token("class_token", batch), x], axis=1)
+        x = x + self._positions(x.shape[1])
+        if c.num_registers:  # after the positions: registers have none (Darcet et al. 2023)
+            registers = self._token("register_tokens", batch, (c.num_registers,))
+            x = jnp.concatenate([x[:, :1], registers, x[:, 1:]] if c.class_token else [registers, x], axis=1)
+        return constrain(x, ("batch", "visual_length", None))
+
+    def _token(self, name, batch, shape=()):
+        init = nn.with_logical_partitioning(normal_init, (*[None] * len(shape), "vision_embed"))
+        token = self.param(name, init, (*shape, self.config.width)).astype(self.dtype)
+        return jnp.broadcast_to(token, (batch, *(shape or (1,)), self.config.width))
+
+    def _positions(self, length):
+        if self.has_variable("params", "pos_embed"):
+            found = nn.meta.unbox(self.get_variable("params", "pos_embed")).shape[0]
+            if found != length:
+                raise ValueError(
+                    f"vision/pos_embed holds {found} positions, but vision.image_size = {self.config.image_size} with "
+                    f"patch_size = {self.config.patch_size} needs {length}. Use the image size of the checkpoint; "
+                    "position embeddings are not resampled."
+                )
+        init = nn.with_logical_partitioning(normal_init, (None, "vision_embed"))
+        return self.param("pos_embed", init, (length, self.config.width)).astype(self.dtype)

@@ -1,0 +1,1 @@
+"""Training: stages, the step, the loop, checkpoints and what they report."""

@@ -1,0 +1,125 @@
+"""Training a stage, straight through: data, state, compiled step, loop, checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxvlm.config import CheckpointConfig, ConfigError, ModelConfig, StageConfig
+from jaxvlm.data.loader import Loader
+from jaxvlm.models.vlm import VLM, logical_axes
+from jaxvlm.parallel.rules import param_shardings, put_batch
+from jaxvlm.train.checkpoint import StageCheckpointer
+from jaxvlm.train.metrics import Meter, StageResult
+from jaxvlm.train.optimizer import make_optimizer
+from jaxvlm.train.state import TrainState, cast, flat, merge, split
+from jaxvlm.train.step import make_step
+
+
+class Interrupted(Exception):
+    """Training stopped at a signal, with everything saved. `step` of `total` steps are done."""
+
+    def __init__(self, stage: str, step: int, total: int, signum: int):
+        super().__init__(f"Stopped in stage '{stage}' after step {step} of {total}; everything is saved.")
+        self.signum = signum
+
+
+def train_stage(
+    stage: StageConfig,
+    model_config: ModelConfig,
+    params: dict,
+    loader: Loader,
+    mesh: Mesh,
+    directory: Path,
+    checkpoints: CheckpointConfig,
+    log_every: int = 1,
+) -> tuple[dict, StageResult]:
+    """Trains `stage` from `params`, or from its newest checkpoint in `directory`; returns the new parameters.
+
+    Runs inside `jax.set_mesh`. Raises `Interrupted` after saving when SIGINT or SIGTERM arrives.
+    """
+    # Model and state ---------------------------------------------------------------------------------------------
+    if stage.batch_size % stage.accumulate:
+        raise ConfigError(f"Stage '{stage.name}': batch_size {stage.batch_size} must divide by {stage.accumulate}.")
+    model, num_steps = VLM(model_config), loader.num_steps
+    trainable, frozen = split(params, stage.trainable)
+    frozen = cast(frozen, jnp.dtype(model_config.dtype))  # nothing updates it: no float32 master is needed
+    optimizer = make_optimizer(stage.optimizer, num_steps, trainable)
+    state = jax.jit(lambda t, f: TrainState(jnp.int32(0), t, f, optimizer.init(t)))(trainable, frozen)
+    state = jax.device_put(state, state_shardings(state, model_config, mesh))
+    del params, trainable, frozen
+
+    # Resume ------------------------------------------------------------------------------------------------------
+    saver = StageCheckpointer(directory / "checkpoints", checkpoints.keep)
+    position = {"fingerprint": loader.fingerprint}
+    if saver.latest_step() is not None:
+        state = saver.restore(state, position)
+        print(f"  resuming from step {int(state.step)}")
+    start = int(state.step)
+
+    # Compiled step -----------------------------------------------------------------------------------------------
+    step_fn = jax.jit(
+        make_step(model, optimizer, len(stage.data.sources), stage.accumulate),
+        donate_argnums=0,
+        out_shardings=(state_shardings(state, model_config, mesh), None),
+    )
+    meter = Meter(stage, model_config, state, num_steps, start, directory.parent.parent / "metrics.jsonl", log_every)
+
+    # Loop --------------------------------------------------------------------------------------------------------
+    with contextlib.closing(saver), contextlib.closing(meter), _signals() as received:
+        for step, batch in enumerate(loader.batches(start), start + 1):
+            state, metrics = step_fn(state, put_batch(batch, mesh))
+            meter.add(step, batch, metrics)
+            if step % checkpoints.every_steps == 0 or step == num_steps or received:
+                saver.save(state, position, wait=bool(received))
+            if received and step < num_steps:
+                raise Interrupted(stage.name, step, num_steps, received[0])
+    return merge(state.trainable, state.frozen), meter.result()
+
+
+def state_shardings(state: TrainState, config: ModelConfig, mesh: Mesh) -> TrainState:
+    """Shardings of a state: parameters by the rule table; an optimiser moment is sharded as its parameter."""
+    axes = flat(logical_axes(config))
+    everything = NamedSharding(mesh, PartitionSpec())
+
+    def of(tree: dict) -> dict:
+        leaves = flat(tree)
+        return unflatten_dict(param_shardings({path: axes[path] for path in leaves}, leaves, mesh), sep="/")
+
+    trainable = of(state.trainable)
+    structure = jax.tree.structure(state.trainable)
+
+    def moments(node):
+        return trainable if jax.tree.structure(node) == structure else everything
+
+    opt_state = jax.tree.map(moments, state.opt_state, is_leaf=lambda n: jax.tree.structure(n) == structure)
+    return TrainState(everything, trainable, of(state.frozen), opt_state)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM for the loop to see between steps; a second SIGINT stops at once."""
+    received: list[int] = []
+
+    def handler(signum, _):
+        if received:
+            raise KeyboardInterrupt
+        received.append(signum)
+        print("\nStopping after this step, saving first (press Ctrl-C again to stop without saving).", flush=True)
+
+    try:
+        old = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread (a notebook's worker, say): signals stay as they are
+        old = {}
+    try:
+        yield received
+    finally:
+        for s, previous in old.items():
+            signal.signal(s, previous)

@@ -1,0 +1,78 @@
+"""One optimiser step: batch in, new state and metrics out. Every stage of every recipe runs this function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from jaxvlm.kernels.cross_entropy import linear_cross_entropy
+from jaxvlm.models.vlm import VLM, head_kernel
+from jaxvlm.parallel.rules import logical_rules
+from jaxvlm.train.state import TrainState, merge
+
+Metrics = dict[str, jax.Array]
+
+
+def loss_sums(model: VLM, params: dict, batch: dict, weights: jax.Array, num_sources: int) -> tuple[jax.Array, Metrics]:
+    """Sum of weighted next-token losses of a (micro-)batch, and what to report of it.
+
+    `weights` [B, S] are the loss weights already divided by the global batch's total, so that the sum over devices and
+    micro-batches is the token-weighted mean of the whole batch: sum w * CE / sum w.
+    """
+    hidden = model.apply({"params": params}, batch)  # [B, S, D]
+    loss, nll = linear_cross_entropy(hidden, head_kernel(params), batch["targets"], weights)  # scalar, [B, S]
+    supervised = batch["loss_weights"] > 0
+    sources = jnp.where(supervised, batch["source_ids"], num_sources).reshape(-1)
+    return loss, {
+        "source_loss": jax.ops.segment_sum(nll.reshape(-1), sources, num_sources + 1)[:-1],
+        "source_tokens": jax.ops.segment_sum(supervised.reshape(-1).astype(jnp.float32), sources, num_sources + 1)[:-1],
+    }
+
+
+def make_step(
+    model: VLM, optimizer: optax.GradientTransformation, num_sources: int, accumulate: int = 1
+) -> Callable[[TrainState, dict], tuple[TrainState, Metrics]]:
+    """The pure step function of a stage, for `jax.jit` under `jax.set_mesh`.
+
+    With `accumulate` > 1 the rows are taken in that many interleaved micro-batches; the result is the same as for one.
+    """
+
+    def gradients(trainable: dict, frozen: dict, batch: dict, weights: jax.Array) -> Any:
+        def loss(trainable):
+            return loss_sums(model, merge(trainable, frozen), batch, weights, num_sources)
+
+        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(trainable)
+        return {"loss": value, **metrics}, grads
+
+    def step(state: TrainState, batch: dict) -> tuple[TrainState, Metrics]:
+        with nn.logical_axis_rules(logical_rules()):
+            total = jnp.sum(batch["loss_weights"])
+            weights = batch["loss_weights"] / jnp.maximum(total, 1e-9)
+            if accumulate == 1:
+                metrics, grads = gradients(state.trainable, state.frozen, batch, weights)
+            else:
+                micro = jax.tree.map(lambda x: _interleave(x, accumulate), (batch, weights))
+
+                def accumulate_one(sums, part):
+                    return jax.tree.map(jnp.add, sums, gradients(state.trainable, state.frozen, *part)), None
+
+                shapes = jax.eval_shape(gradients, state.trainable, state.frozen, *jax.tree.map(lambda x: x[0], micro))
+                zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+                (metrics, grads), _ = jax.lax.scan(accumulate_one, zeros, micro)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+            trainable = optax.apply_updates(state.trainable, updates)
+        metrics["grad_norm"] = optax.tree.norm(grads)
+        metrics["supervised_tokens"] = jnp.sum(metrics["source_tokens"])
+        return TrainState(state.step + 1, trainable, state.frozen, opt_state), metrics
+
+    return step
+
+
+def _interleave(x: jax.Array, parts: int) -> jax.Array:
+    """[B, ...] to [parts, B / parts, ...], every micro-batch taking rows from every data-parallel shard."""
+    return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)

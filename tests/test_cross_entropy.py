@@ -1,0 +1,134 @@
+"""The fused head and cross-entropy against optax on all logits."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxvlm.kernels.cross_entropy import linear_cross_entropy
+
+B, S, D, V = 3, 13, 8, 37
+
+
+def example(seed=0, share=0.4):
+    rng = np.random.default_rng(seed)
+    hidden = rng.normal(size=(B, S, D)).astype(np.float32)
+    kernel = rng.normal(size=(D, V)).astype(np.float32)
+    targets = rng.integers(0, V, (B, S)).astype(np.int32)
+    weights = (rng.random((B, S)) * (rng.random((B, S)) < share)).astype(np.float32)
+    weights[1] = 0  # a row without a supervised position
+    return hidden, kernel, targets, weights
+
+
+def reference(hidden, kernel, targets, weights):
+    nll = optax.softmax_cross_entropy_with_integer_labels(hidden @ kernel, targets)
+    return jnp.sum(nll * weights), nll * (weights != 0)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 64])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_values_and_gradients(chunk, share):
+    args = example(1, share)
+
+    def ours(hidden, kernel):
+        loss, nll = linear_cross_entropy(hidden, kernel, *args[2:], chunk=chunk)
+        return 3 * loss, nll
+
+    def theirs(hidden, kernel):
+        loss, nll = reference(hidden, kernel, *args[2:])
+        return 3 * loss, nll
+
+    found, gradients = jax.jit(jax.value_and_grad(ours, (0, 1), has_aux=True))(*args[:2])
+    expected, expected_gradients = jax.value_and_grad(theirs, (0, 1), has_aux=True)(*args[:2])
+    for one, other in zip(jax.tree.leaves((found, gradients)), jax.tree.leaves((expected, expected_gradients))):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-6)
+    loss, nll = ours(*args[:2])  # not differentiated: the other path through the function
+    np.testing.assert_allclose(loss, expected[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(nll, expected[1], rtol=1e-5, atol=1e-6)
+
+
+def test_unsupervised_positions_may_hold_anything():
+    hidden, kernel, targets, weights = example()
+    clean = jax.grad(lambda h, k: linear_cross_entropy(h, k, targets, weights, chunk=4)[0], (0, 1))(hidden, kernel)
+    off = weights == 0
+    hidden[off], targets[off] = np.nan, -100
+    loss, nll = linear_cross_entropy(hidden, kernel, targets, weights, chunk=4)
+    found = jax.grad(lambda h, k: linear_cross_entropy(h, k, targets, weights, chunk=4)[0], (0, 1))(hidden, kernel)
+    assert np.isfinite(loss) and (np.asarray(nll)[off] == 0).all() and (np.asarray(found[0])[off] == 0).all()
+    for one, other in zip(found, clean, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_bfloat16_hidden_states_with_a_float32_head():
+    hidden, kernel, targets, weights = example()
+    low = jnp.asarray(hidden, jnp.bfloat16)
+    function = jax.value_and_grad(lambda h, k: linear_cross_entropy(h, k, targets, weights)[0], (0, 1))
+    loss, (dhidden, dkernel) = function(low, kernel)
+    expected, (_, expected_dkernel) = function(hidden, kernel)
+    assert loss.dtype == jnp.float32 and dhidden.dtype == jnp.bfloat16 and dkernel.dtype == jnp.float32
+    np.testing.assert_allclose(loss, expected, rtol=0.01)
+    np.testing.assert_allclose(dkernel, expected_dkernel, atol=0.03 * np.abs(expected_dkernel).max())
+
+
+def dots(function, *args):
+    return jax.jit(function).lower(*args).as_text().count("dot_general")
+
+
+def test_only_wanted_gradients_are_computed():
+    hidden, kernel, targets, weights = example()
+
+    def loss(hidden, kernel):
+        return linear_cross_entropy(hidden, kernel, targets, weights)[0]
+
+    assert dots(loss, hidden, kernel) == 1
+    assert dots(jax.grad(loss, 0), hidden, kernel) == 2  # a frozen head
+    assert dots(jax.grad(loss, (0, 1)), hidden, kernel) == 3
+    # and so inside the transformations a train step is made of
+    assert dots(jax.grad(jax.checkpoint(loss), 0), hidden, kernel) == 2
+    accumulate = lambda hidden, kernel: jax.lax.scan(lambda t, h: (t + loss(h, kernel), None), 0.0, hidden[None])[0]  # noqa: E731
+    assert dots(jax.grad(accumulate, 0), hidden, kernel) == 2
+
+
+def test_no_array_holds_the_logits_of_all_tokens():
+    batch, length, vocab, chunk = 2, 512, 1009, 16
+    hidden = jax.ShapeDtypeStruct((batch, length, D), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((D, vocab), jnp.float32)
+    row = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+    weights = jax.ShapeDtypeStruct((batch, length), jnp.float32)
+
+    def loss(hidden, kernel, targets, weights):
+        return linear_cross_entropy(hidden, kernel, targets, weights, chunk=chunk)[0]
+
+    text = jax.jit(jax.grad(loss, (0, 1))).lower(hidden, kernel, row, weights).compile().as_text()
+    shapes = [[int(n) for n in found.split(",")] for found in re.findall(r"(?:f32|pred|s32)\[([\d,]+)\]", text)]
+    largest = max(np.prod(shape) for shape in shapes if vocab in shape)
+    assert largest <= batch * chunk * vocab < batch * length * vocab / 30
+
+
+def test_work_grows_with_supervised_positions_only():
+    """The loop's trip count is the number of chunks that the fullest row needs: later chunks are never entered."""
+    hidden, kernel, targets, weights = example(share=1.0)
+    weights[:, 4:] = 0  # one chunk of four
+    visits = []
+    spy = jnp.einsum
+
+    def counting(spec, *args, **kwargs):
+        out = spy(spec, *args, **kwargs)
+        if spec == "bcd,dv->bcv":
+            jax.debug.callback(lambda: visits.append(1))
+        return out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jnp, "einsum", counting)
+        linear_cross_entropy(hidden, kernel, targets, weights, chunk=4)
+        jax.effects_barrier()
+    assert len(visits) == 1
+
+
+def test_shapes_that_do_not_fit_are_named():
+    hidden, kernel, targets, weights = example()
+    with pytest.raises(ValueError, match=r"kernel \(37, 8\)"):
+        linear_cross_entropy(hidden, kernel.T, targets, weights)

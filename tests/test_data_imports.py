@@ -1,0 +1,34 @@
+"""What jaxvlm.data may import."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import jaxvlm.data
+
+FILES = sorted(Path(jaxvlm.data.__file__).parent.glob("*.py"))
+ALLOWED = {"numpy", "PIL", "tokenizers", "grain", "absl", "gguf", *sys.stdlib_module_names}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_data_imports_no_framework(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) else []
+        for name in names:
+            room = name.split(".")[0]
+            assert room in ALLOWED or name == "jaxvlm.config" or name.startswith("jaxvlm.data"), (
+                f"{file}: {name}"
+            )
+            assert room != "gguf" or file.name == "tokenizer.py"
+
+
+def test_inference_side_pulls_in_no_framework():
+    modules = ", ".join(f"jaxvlm.data.{name}" for name in ("conversation", "image", "layout", "loader"))
+    heavy = {"jax", "torch", "tensorflow", "transformers", "grain"}
+    code = f"import sys, {modules}; print(*{heavy} & set(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == ""

@@ -1,0 +1,228 @@
+"""The engine: batches, images, streaming and logits against each other and against transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import hf_copy
+import jax
+import numpy as np
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxvlm.config import EvalConfig, PromptConfig
+from jaxvlm.evals import runner
+from jaxvlm.infer import decoding
+from jaxvlm.infer.answers import RequestError
+from jaxvlm.infer.engine import Engine, bucket
+
+NEW = 12
+
+
+def user(text: str, *images, **more) -> dict:
+    return {"messages": [{"role": "user", "content": text}], "images": list(images), **more}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    return tiny.write_tokenizer(folder / "tokenizer"), tiny.write_dataset(folder / "data", count=6)
+
+
+@pytest.fixture(scope="module")
+def engine(world):
+    config = tiny.model_config()
+    prompt = PromptConfig(tokenizer=str(world[0]), template="mistral_instruct", transform="naive")
+    return Engine(config, prompt, hf_copy.random_params(config))
+
+
+@pytest.fixture(scope="module")
+def requests(world):
+    pictures = [str(path) for path in sorted((world[1] / "images").iterdir())]
+    return [
+        user("<image>\nWhat colour is the left half?", pictures[0]),
+        user("Say a colour."),
+        user("<image>\nWhat is it?", pictures[1]),
+        user("<image> and <image>, which?", pictures[1], pictures[2]),
+        user("<image>\nWhat colour is the right half? x", pictures[0]),
+    ]
+
+
+@pytest.fixture(scope="module")
+def answers(engine, requests):
+    return engine.generate(requests, max_new_tokens=NEW, batch_size=3)
+
+
+def test_batches_of_any_size_give_the_same_answers_in_the_callers_order(engine, requests, answers):
+    assert len(set(answers)) > 2
+    assert [engine.generate([request], max_new_tokens=NEW)[0] for request in requests] == answers
+    seen = []
+    back = engine.generate(
+        requests[::-1], max_new_tokens=NEW, batch_size=3, on_progress=lambda done, total: seen.append((done, total))
+    )
+    assert back == answers[::-1] and seen == [(3, 5), (5, 5)]
+
+
+def test_streaming_gives_the_same_text(engine, requests, answers):
+    for request, answer in zip(requests, answers, strict=True):
+        assert "".join(engine.stream(**request, max_new_tokens=NEW)) == answer
+
+
+def test_images_pass_the_tower_once_and_text_not_at_all(engine, requests, answers, monkeypatch):
+    passed = []
+
+    def encode(config, params, pixels):
+        passed.append(np.asarray(pixels))
+        return original(config, params, pixels)
+
+    original = decoding.encode_images
+    monkeypatch.setattr(decoding, "encode_images", encode)
+    fresh = Engine(engine.config, engine.prompt, engine.params)
+    assert fresh.generate([requests[1]], max_new_tokens=NEW) == [answers[1]] and not passed
+    assert fresh.generate(requests, max_new_tokens=NEW, batch_size=3) == answers
+    pictures = np.concatenate(passed)
+    assert len({picture.tobytes() for picture in pictures if picture.any()}) == 3
+    assert sum(bool(picture.any()) for picture in pictures) == 3
+
+
+def test_greedy_tokens_follow_the_logits(engine, requests):
+    """The cache, the padding and the positions against a forward pass over the whole sequence."""
+    request = requests[0]
+    prompt = engine._prompt(request, 0)
+    written = engine._answer([prompt], 1, NEW, 0.0, 1.0, 0)[0]
+    logits = engine.logits(request)
+    assert logits.shape == (len(prompt.tokens), engine.config.llm.vocab_size) and logits.dtype == np.float32
+    longer = request["messages"][0]["content"] + "!"
+    assert not np.allclose(engine.logits(user(longer, *request["images"]))[: len(logits)][-1], logits[-1])
+    assert written[0] == logits[-1].argmax()
+
+
+def test_sliding_window_in_the_cache(engine, requests):
+    config = dataclasses.replace(
+        engine.config, llm=dataclasses.replace(engine.config.llm, sliding_window=6, max_positions=64)
+    )
+    windowed = Engine(config, engine.prompt, engine.params)
+    prompt = windowed._prompt(requests[1], 0)
+    written = windowed._answer([prompt], 1, NEW, 0.0, 1.0, 0)[0]
+    sequence = np.zeros((1, 48), np.int32)
+    length = len(prompt.tokens)
+    whole = [*prompt.tokens, *written]
+    sequence[0, : len(whole)] = whole
+    logits = decoding.all_logits(config, engine.params, sequence, None, None, np.int32(len(whole)))
+    assert written == np.asarray(logits)[0, length - 1 : len(whole) - 1].argmax(-1).tolist()
+
+
+def test_stop_texts_and_end_tokens(engine, requests, answers):
+    full = answers[0]
+    stop = full[3:5]
+    expected = full[: full.index(stop)].strip()
+    assert engine.generate([requests[0]], max_new_tokens=NEW, stop=stop) == [expected]
+    assert "".join(engine.stream(**requests[0], max_new_tokens=NEW, stop=[stop, "zzz"])) == expected
+    prompt = engine._prompt(requests[0], 0)
+    written = engine._answer([prompt], 1, NEW, 0.0, 1.0, 0)[0]
+    ended = Engine(engine.config, engine.prompt, engine.params)
+    ended.end_ids = (written[4],)
+    cut = ended._answer([ended._prompt(requests[0], 0)], 1, NEW, 0.0, 1.0, 0)[0]
+    assert cut == written[: written.index(written[4]) + 1]
+    assert ended.generate([requests[0]], max_new_tokens=NEW) == ["".join(ended.stream(**requests[0], max_new_tokens=NEW))]
+
+
+def test_sampling_depends_on_seed_and_request_only(engine, requests):
+    hot = dict(max_new_tokens=NEW, temperature=2.0, top_p=0.9)
+    first = engine.generate(requests, **hot, batch_size=3, seed=1)
+    assert first == engine.generate(requests, **hot, batch_size=3, seed=1)
+    assert first != engine.generate(requests, **hot, batch_size=3, seed=2)
+    alone = [engine.generate([request | {"id": i}], **hot, seed=1)[0] for i, request in enumerate(requests)]
+    assert alone == first
+    assert engine.generate(requests[:1], **hot | {"top_p": 1e-6}) == engine.generate(requests[:1], max_new_tokens=NEW)
+
+
+def test_errors_name_the_request_and_the_fix(engine, requests, world):
+    with pytest.raises(RequestError, match=r"Request 7 has 1 <image> .* but 0 image"):
+        engine.generate([user("<image>\nhm", id=7)], max_new_tokens=4)
+    with pytest.raises(RequestError, match="nowhere.png does not exist"):
+        engine.generate([user("<image>\nhm", "nowhere.png")], max_new_tokens=4)
+    small = dataclasses.replace(engine.config, llm=dataclasses.replace(engine.config.llm, max_positions=20))
+    short = Engine(small, engine.prompt, engine.params)
+    with pytest.raises(RequestError, match=r"is \d\d tokens long, 4 of them of images; the model has 20 positions"):
+        short.generate([requests[0]], max_new_tokens=4)
+    with pytest.raises(RequestError, match="max_new_tokens must be at least 1"):
+        engine.generate(requests[:1], max_new_tokens=0)
+    assert engine.generate([], max_new_tokens=4) == []
+
+
+def test_answers_end_at_the_models_last_position(engine, requests):
+    length = len(engine._prompt(requests[1], 0).tokens)
+    limits = dataclasses.replace(engine.config.llm, max_positions=length + 3)
+    short = Engine(dataclasses.replace(engine.config, llm=limits), engine.prompt, engine.params)
+    sampling = short._inputs([short._prompt(requests[1], 0)], 1, NEW, 0.0, 1.0, 0)[2]
+    assert sampling.limits.tolist() == [3]
+
+
+def test_fingerprint_sees_every_bit(engine):
+    same = Engine(engine.config, engine.prompt, jax.tree.map(np.copy, engine.params))
+    assert same.fingerprint == engine.fingerprint
+    kernel = same.params["llm"]["head"]["kernel"]
+    kernel[[0, 1]] = kernel[[1, 0]]
+    assert Engine(engine.config, engine.prompt, same.params).fingerprint != engine.fingerprint
+
+
+def test_evaluation_with_the_real_engine(engine, world, tmp_path):
+    config = EvalConfig("vqa", str(world[1] / "test.jsonl"), str(world[1] / "images"), batch_size=3, max_new_tokens=NEW)
+    results = runner.run(engine, config, workdir=tmp_path, log=lambda text: None)
+    assert results["scores"]["all"]["n"] == 12
+    lines = [json.loads(line) for line in (tmp_path / "answers-sighted.jsonl").read_text().splitlines()]
+    assert lines[0]["key"]["model"] == engine.fingerprint and len(lines) == 13
+
+
+@given(st.integers(1, 100_000))
+@settings(deadline=None)
+def test_buckets(length):
+    assert length <= bucket(length) <= max(16, 1.25 * length + 16) and bucket(bucket(length)) == bucket(length)
+
+
+def test_transformers_generates_the_same_tokens(world, tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from jaxvlm.weights import import_model
+
+    image_token, vocab = 400, 401
+    vision = dict(image_size=28, patch_size=14, hidden_size=32, num_hidden_layers=3, num_attention_heads=4)
+    text = dict(vocab_size=vocab, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    hf_config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(intermediate_size=64, projection_dim=32, **vision),
+        text_config=transformers.LlamaConfig(intermediate_size=128, max_position_embeddings=256, **text),
+        image_token_index=image_token,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    model = transformers.LlavaForConditionalGeneration(hf_config).eval()
+    hf_copy.randomise(model, seed=3)
+    model.save_pretrained(tmp_path)
+    config, params = import_model(tmp_path)
+    config = dataclasses.replace(config, dtype="float32")
+    prompt = PromptConfig(tokenizer=str(world[0]), template="vicuna_v1", transform="naive")
+    ours = Engine(config, prompt, params)
+    pictures = [str(path) for path in sorted((world[1] / "images").iterdir())]
+    requests = [user("<image>\nWhat colour is it?", pictures[0]), user("Hm?"), user("<image>\nA?", pictures[3])]
+    prompts = [ours._prompt(request, i) for i, request in enumerate(requests)]
+    written = ours._answer(prompts, 3, NEW, 0.0, 1.0, 0)
+    assert len({tuple(row) for row in written}) == 3
+    for one, row in zip(prompts, written, strict=True):
+        ids = np.where(one.visual_index >= 0, image_token, one.tokens)
+        inputs = {"input_ids": torch.from_numpy(ids[None].astype(np.int64))}
+        if one.images:
+            from jaxvlm.data.image import load_image, transform
+
+            pixels = transform(load_image(one.images[0]), "naive", 28, config.vision.mean) / 255.0
+            pixels = (pixels - np.array(config.vision.mean)) / np.array(config.vision.std)
+            inputs["pixel_values"] = torch.from_numpy(pixels.transpose(2, 0, 1)[None].astype(np.float32))
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        with torch.no_grad():
+            out = model.generate(
+                **inputs, do_sample=False, max_new_tokens=NEW, eos_token_id=ours.tokenizer.eos_id, pad_token_id=0
+            )
+        assert out[0, len(ids) :].tolist() == row

@@ -1,0 +1,184 @@
+"""The decoder against transformers, and its own invariances: cache, padding, packing, adapters."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hf_copy import llm as copy_llm
+from hf_copy import random_params, randomise
+
+from jaxvlm.config import LLMConfig, LoRAConfig, ModelConfig, VisionConfig
+from jaxvlm.kernels import intervals
+from jaxvlm.models.lora import merge_lora
+from jaxvlm.models.vlm import VLM, abstract_params, head_kernel, init_cache
+
+LLAMA = LLMConfig(
+    vocab_size=40, width=24, depth=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=32, norm_eps=1e-6
+)
+VISION = VisionConfig(image_size=8, patch_size=4, width=8, depth=2, num_heads=2, mlp_dim=16)
+
+
+def model(config: LLMConfig, **changes) -> ModelConfig:
+    return ModelConfig(vision=VISION, llm=config, dtype="float32", **({"remat": "none"} | changes))
+
+
+@partial(jax.jit, static_argnums=0)
+def forward(config: ModelConfig, params, tokens, segment_ids, positions):
+    """logits [B, S, V] of text rows."""
+    batch = {"tokens": tokens, "segment_ids": segment_ids, "positions": positions}
+    batch["visual_index"] = jnp.full_like(tokens, -1)
+    vlm = VLM(config)
+    hidden = vlm.apply({"params": params}, batch)
+    return vlm.apply({"params": params}, hidden, method="logits")
+
+
+def plain(tokens):
+    """segment_ids and positions of unpadded, unpacked rows."""
+    return np.ones_like(tokens), np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+
+
+def close(found, expected, tolerance=2e-5):
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2"])
+def test_logits_equal_transformers(family):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    ours = {
+        "Llama": LLAMA,
+        "Mistral": replace(LLAMA, sliding_window=4, rope_theta=1e6, norm_eps=1e-5),
+        "Qwen2": replace(LLAMA, qkv_bias=True, tie_embeddings=True),
+    }[family]
+    settings = dict(
+        vocab_size=ours.vocab_size,
+        hidden_size=ours.width,
+        intermediate_size=ours.mlp_dim,
+        num_hidden_layers=ours.depth,
+        num_attention_heads=ours.num_heads,
+        num_key_value_heads=ours.num_kv_heads,
+        head_dim=ours.head_dim,
+        rms_norm_eps=ours.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": ours.rope_theta},
+        tie_word_embeddings=ours.tie_embeddings,
+        attn_implementation="eager",
+    )
+    if ours.sliding_window:
+        settings["sliding_window"] = ours.sliding_window
+    config = getattr(transformers, f"{family}Config")(**settings)
+    theirs = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    params = {"llm": copy_llm(randomise(theirs), ours)}
+    tokens = np.random.default_rng(0).integers(0, ours.vocab_size, (2, 11)).astype(np.int32)
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(tokens).long()).logits.numpy()
+    close(forward(model(ours), params, tokens, *plain(tokens)), expected)
+    if ours.sliding_window:  # the window is what makes them equal
+        other = forward(model(replace(ours, sliding_window=None)), params, tokens, *plain(tokens))
+        assert np.abs(np.asarray(other) - expected).max() > 1e-2 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_prefill_and_steps_equal_the_full_forward(window):
+    config = model(replace(LLAMA, sliding_window=window))
+    params, vlm = random_params(config), VLM(config)
+    lengths, room, prompt = np.array([7, 4]), 12, 7
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(0, 40, n + 3).astype(np.int32) for n in lengths]  # each prompt and three tokens more
+
+    expected = []
+    for row in rows:
+        padded = np.zeros((1, 10), np.int32)
+        padded[0, : len(row)] = row
+        segment_ids = (np.arange(10) < len(row)).astype(np.int32)[None]
+        expected.append(np.asarray(forward(config, params, padded, segment_ids, np.arange(10)[None]))[0, : len(row)])
+
+    @jax.jit
+    def decode(tokens, positions, k_start, k_end, cache):
+        hidden, cache = vlm.apply(
+            {"params": params}, tokens, None, None, positions, k_start, k_end, cache, method="decode"
+        )
+        return vlm.apply({"params": params}, hidden, method="logits"), cache
+
+    # Left-padded to a common length: the pad slots lie in no query's interval.
+    tokens = np.stack([np.pad(row[:n], (prompt - n, 0)) for row, n in zip(rows, lengths, strict=True)])
+    first = (prompt - lengths)[:, None]
+    k_start, k_end = intervals.causal((np.arange(prompt) >= first).astype(np.int32))
+    positions = np.maximum(np.arange(prompt) - first, 0)
+    # What the cache held before cannot leak: poison it.
+    cache = jax.tree.map(lambda x: x + jnp.nan if x.dtype == jnp.float32 else x, init_cache(config.llm, 2, room, "float32"))
+    logits, cache = decode(tokens, positions, k_start, k_end, cache)
+    for b, n in enumerate(lengths):
+        close(logits[b, prompt - n :], expected[b][:n])
+    for step in range(3):
+        tokens = np.stack([row[n + step] for row, n in zip(rows, lengths, strict=True)])[:, None]
+        slot = np.full((2, 1), prompt + step)
+        logits, cache = decode(tokens, slot - first, first, slot + 1, cache)
+        for b, n in enumerate(lengths):
+            close(logits[b, 0], expected[b][n + step])
+    assert int(cache["index"]) == prompt + 3
+
+
+def test_call_with_a_cache_is_a_prefill():
+    config = model(LLAMA)
+    params, vlm = random_params(config), VLM(config)
+    tokens = np.arange(6, dtype=np.int32)[None]
+    segment_ids, positions = plain(tokens)
+    batch = dict(tokens=tokens, segment_ids=segment_ids, positions=positions, visual_index=tokens * 0 - 1)
+    hidden = vlm.apply({"params": params}, batch)
+    again, cache = vlm.apply({"params": params}, batch, init_cache(config.llm, 1, 9, jnp.float32))
+    close(again, hidden, 1e-6)
+    assert int(cache["index"]) == 6 and np.asarray(cache["k"])[:, :, 6:].max() == 0
+
+
+def test_packed_segments_equal_separate_rows():
+    config = model(replace(LLAMA, sliding_window=3))
+    params = random_params(config)
+    tokens = np.random.default_rng(1).integers(0, 40, (1, 10)).astype(np.int32)
+    segment_ids = np.array([[1, 1, 1, 1, 2, 2, 2, 3, 0, 0]], np.int32)
+    positions = np.array([[0, 1, 2, 3, 0, 1, 2, 0, 0, 0]], np.int32)
+    packed = forward(config, params, tokens, segment_ids, positions)[0]
+    for start, end in ((0, 4), (4, 7), (7, 8)):
+        alone = np.zeros_like(tokens)
+        alone[0, : end - start] = tokens[0, start:end]
+        ids = (np.arange(10) < end - start).astype(np.int32)[None]
+        close(packed[start:end], forward(config, params, alone, ids, np.arange(10)[None])[0, : end - start])
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_rematerialisation_changes_nothing(remat):
+    tokens = np.arange(8, dtype=np.int32)[None]
+    params = random_params(model(LLAMA))
+
+    def gradient(config):
+        return jax.grad(lambda p: forward(config, p, tokens, *plain(tokens)).var())(params)
+
+    for one, other in zip(jax.tree.leaves(gradient(model(LLAMA, remat=remat))), jax.tree.leaves(gradient(model(LLAMA)))):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_adapters():
+    lora = LoRAConfig(rank=3, alpha=6.0, targets=("q", "o", "down"))
+    base, config = model(LLAMA), model(replace(LLAMA, lora=lora))
+    leaves = {"/".join(k.key for k in path) for path, _ in jax.tree_util.tree_leaves_with_path(abstract_params(config))}
+    adapted = {name.rsplit("/", 1)[0] for name in leaves if "lora" in name}
+    assert adapted == {"llm/layers/attn/q", "llm/layers/attn/o", "llm/layers/mlp/down"}
+
+    params = random_params(config)
+    tokens = np.arange(8, dtype=np.int32)[None]
+    merged = merge_lora(params, config.llm)
+    assert jax.tree.structure(merged) == jax.tree.structure(abstract_params(base))
+    close(forward(base, merged, tokens, *plain(tokens)), forward(config, params, tokens, *plain(tokens)), 5e-6)
+
+    fresh = jax.tree_util.tree_map_with_path(lambda path, x: x * (path[-1].key != "lora_b"), params)
+    close(forward(config, fresh, tokens, *plain(tokens)), forward(base, merge_lora(fresh, config.llm), tokens, *plain(tokens)), 1e-7)
+
+
+def test_tied_head_is_the_transposed_embedding():
+    config = model(replace(LLAMA, tie_embeddings=True))
+    params = random_params(config)
+    assert "head" not in params["llm"]
+    hidden = np.random.default_rng(0).normal(size=(2, 24)).astype(np.float32)
+    close(VLM(config).apply({"params": params}, hidden, method="logits"), hidden @ np.asarray(head_kernel(params)))
