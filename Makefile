@@ -57,7 +57,7 @@ test-gpu: $(TEST) ## kernels and train step on an NVIDIA GPU; says so and stops 
 lint: $(DEV) ## ruff and the notebook's sync, without changing anything (seconds)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/jupytext --quiet --test-strict --to ipynb colab/quickstart.py
+	$(BIN)/python -m pytest -q tests/test_notebook.py -k source
 
 format: $(DEV) ## let ruff rewrite what it can (seconds)
 	$(BIN)/ruff check --fix .
@@ -67,7 +67,7 @@ bench: $(TEST) ## this machine's speed beside torch's (about 5 minutes on an idl
 	$(BIN)/python benchmarks/cpu_step.py $(ARGS)
 
 notebook: $(TEST) ## make colab/*.ipynb from the .py beside it (seconds)
-	$(BIN)/jupytext --to ipynb --output colab/quickstart.ipynb colab/quickstart.py
+	$(BIN)/jupytext --update --to ipynb colab/quickstart.py
 
 clean: ## remove the environment and what tools left behind; runs/ and downloads stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
@@ -88,7 +88,7 @@ $(BASE): setup.py pyproject.toml | $(BIN)/python
 	$(call INSTALL,.$(if $(EXTRAS),[$(EXTRAS)]),about 40 seconds and 0.9 GB of disk)
 
 $(TEST): setup.py pyproject.toml | $(BIN)/python
-	$(call INSTALL,.[test$(if $(EXTRAS),$(COMMA)$(EXTRAS))],torch for comparison included: 1.5 minutes and 2 GB of disk)
+	$(call INSTALL,.[test],torch for comparison included: 1.5 minutes and 2 GB of disk)
 	@touch $(VENV)/.installed
 
 $(DEV): setup.py pyproject.toml | $(BIN)/python

@@ -1,8 +1,8 @@
 """Packaging of jaxvlm: dependencies, extras and the `jaxvlm` command.
 
 Every bound has its reason beside it. Tool settings (ruff, pytest) are in pyproject.toml.
-The configs lie in `configs/` at the top of the repository and are not part of the installed package: a run names
-its config by path, and a config is a file that its user copies and edits. Work from a clone: `pip install -e .`
+The configs lie in `configs/` at the top of the repository, outside the installed package: a run names its
+config by path, and a config is a file that its user copies and edits. So work from a clone.
 """
 
 import re
@@ -24,8 +24,8 @@ BASE = [
     "ml_collections>=1.1",  # config files and their command-line overrides
     "absl-py>=2.1",  # the flags under ml_collections' overrides
     "tokenizers>=0.22",  # text to tokens with character offsets, from a tokenizer.json
-    # The other end of import and export: processors and configs in Hugging Face's form, and tokenizers that come as
-    # a SentencePiece model without a tokenizer.json. Version 5: 4 has other file names and parameter names.
+    # The other end of import and export: processors and configs in Hugging Face's form, and tokenizers
+    # without a tokenizer.json (SentencePiece models). Version 5: 4 has other file names and parameter names.
     "transformers>=5,<6",
     "safetensors>=0.5",  # reads slices of weight files, so that a process loads only what it owns
     "gguf>=0.17",  # dequantises GGUF weights, the quickstart's language model among them
@@ -65,8 +65,8 @@ EXTRAS["test"] = [
     "pytest>=8.3",
     "pytest-xdist>=3.6",  # two workers for two cores
     "hypothesis>=6.100",
-    # The oracle of the numeric tests. Pinned, because tolerances are measured against one version, and because an
-    # unpinned torch brings its newest CUDA build, several GB.
+    # The oracle of the numeric tests. Pinned: tolerances are measured against one version, and an unpinned
+    # torch brings its newest CUDA build, several GB.
     "torch==2.13.0",
 ]
 EXTRAS["dev"] = [

@@ -1,7 +1,7 @@
 """`jaxvlm doctor`: what this machine has, what the main job needs, and what to do about what is missing.
 
-`gather` reads the machine, `examine` judges what was read, `doctor` prints it. Only the standard library is imported
-at the top, so that it works in the very environments that need it.
+`gather` reads the machine, `examine` judges what was read, `doctor` prints it. Only the standard library is
+imported at the top, so that it works in the very environments that need it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TPU_PCI_IDS = {
     "0x0076",
 }  # v2 to TPU7x, as jax lists them
 
-# Runs in a process of its own: a plugin that aborts, or a TPU held by another process, must not end the doctor.
+# Runs in a process of its own: a plugin that aborts, or a TPU that is busy, must not end the doctor.
 PROBE = """
 import json, jax
 devices = [[d.device_kind, (d.memory_stats() or {}).get("bytes_limit")] for d in jax.local_devices()]
@@ -69,7 +69,8 @@ class Facts:
     memory_available: int | None = None
     disks: dict[str, int] = field(default_factory=dict)  # free bytes by what the place is for
     cache: str = ""
-    cache_sizes: dict[str, int] = field(default_factory=dict)
+    cache_size: int = 0
+    assets: dict[str, int] = field(default_factory=dict)  # those that are prepared, with their size
 
 
 @dataclass(frozen=True)
@@ -271,11 +272,11 @@ def _optional(facts: Facts) -> Iterator[Finding]:
 
 
 def _cache(facts: Facts) -> Iterator[Finding]:
-    total = sum(facts.cache_sizes.values())
-    yield Finding("ok", "Cache", f"{facts.cache}, {_size(total)} (JAXVLM_CACHE moves it; safe to delete)")
+    value = f"{facts.cache}, {_size(facts.cache_size)} (JAXVLM_CACHE moves it; safe to delete)"
+    yield Finding("ok", "Cache", value)
     for name in ASSETS:
-        if size := facts.cache_sizes.get(name):
-            yield Finding("ok", name, _size(size))
+        if name in facts.assets:
+            yield Finding("ok", name, _size(facts.assets[name]))
         else:
             yield Finding(
                 "note", name, "not here yet; the quickstart fetches it with pip (113 MB for all three)"
@@ -324,7 +325,7 @@ def gather(workdir: str | Path = ".") -> Facts:
     gpus, driver, capability = _read_nvidia()
     memory, available = _read_memory()
     # The same rule as data.assets, which cannot be imported where dependencies are missing.
-    cache = Path(os.environ.get("JAXVLM_CACHE") or Path.home() / ".cache" / "jaxvlm")
+    cache = Path(os.environ.get("JAXVLM_CACHE") or Path.home() / ".cache" / "jaxvlm").expanduser()
     return Facts(
         python=sys.version_info[:3],
         requirements=requirements,
@@ -342,7 +343,8 @@ def gather(workdir: str | Path = ".") -> Facts:
         memory_available=available,
         disks={"work folder": _free(Path(workdir)), "cache": _free(cache)},
         cache=str(cache),
-        cache_sizes={path.name: _folder_size(path) for path in cache.iterdir()} if cache.is_dir() else {},
+        cache_size=_folder_size(cache),
+        assets={path.parent.name: _folder_size(path.parent) for path in cache.glob("assets/*/asset.json")},
     )
 
 
@@ -411,5 +413,4 @@ def _free(folder: Path) -> int:
 
 
 def _folder_size(path: Path) -> int:
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.lstat().st_size for file in files if file.is_file())
+    return sum(file.lstat().st_size for file in path.rglob("*") if file.is_file())

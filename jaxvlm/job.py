@@ -33,6 +33,7 @@ from jaxvlm.train.features import cached_features
 from jaxvlm.train.flops import peak_flops
 from jaxvlm.train.loop import train_stage
 from jaxvlm.train.metrics import StageResult, StatusLine, duration, read_metrics
+from jaxvlm.train.ridge import ridge_start
 from jaxvlm.train.state import count, flat, nbytes, split
 from jaxvlm.weights import import_model, import_part
 
@@ -216,6 +217,8 @@ def run_stage(
         )
         line.end()
         data = loader(features)
+    if number == 0 and config.init.connector_start == "ridge":
+        params = ridge_start(config.model, params, data)
     directory = workdir / "stages" / f"{number}_{stage.name}"
     return train_stage(
         stage, config.model, params, data, mesh, directory, config.checkpoint, config.log_every_steps

@@ -13,11 +13,16 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxvlm.config import EvalConfig, PromptConfig
+from jaxvlm.config import EvalConfig, MeshConfig, PromptConfig, UserError
+from jaxvlm.data.tokenizer import Tokenizer
 from jaxvlm.evals import runner
 from jaxvlm.infer import decoding
 from jaxvlm.infer.answers import RequestError
-from jaxvlm.infer.engine import Engine, bucket
+from jaxvlm.infer.engine import Engine, bucket, load
+from jaxvlm.models.vlm import logical_axes
+from jaxvlm.parallel.mesh import make_mesh
+from jaxvlm.parallel.rules import param_shardings
+from jaxvlm.train.checkpoint import save_model
 
 NEW = 12
 
@@ -127,17 +132,19 @@ def test_stop_texts_and_end_tokens(engine, requests, answers):
     ended.end_ids = (written[4],)
     cut = ended._answer([ended._prompt(requests[0], 0)], 1, NEW, 0.0, 1.0, 0)[0]
     assert cut == written[: written.index(written[4]) + 1]
-    assert ended.generate([requests[0]], max_new_tokens=NEW) == ["".join(ended.stream(**requests[0], max_new_tokens=NEW))]
+    assert ended.generate([requests[0]], max_new_tokens=NEW) == [
+        "".join(ended.stream(**requests[0], max_new_tokens=NEW))
+    ]
 
 
-def test_sampling_depends_on_seed_and_request_only(engine, requests):
+def test_sampling_depends_on_seed_and_request_only(engine, requests, answers):
     hot = dict(max_new_tokens=NEW, temperature=2.0, top_p=0.9)
     first = engine.generate(requests, **hot, batch_size=3, seed=1)
     assert first == engine.generate(requests, **hot, batch_size=3, seed=1)
     assert first != engine.generate(requests, **hot, batch_size=3, seed=2)
-    alone = [engine.generate([request | {"id": i}], **hot, seed=1)[0] for i, request in enumerate(requests)]
-    assert alone == first
-    assert engine.generate(requests[:1], **hot | {"top_p": 1e-6}) == engine.generate(requests[:1], max_new_tokens=NEW)
+    turned = [request | {"id": i} for i, request in enumerate(requests)][::-1]
+    assert engine.generate(turned, **hot, batch_size=3, seed=1) == first[::-1]
+    assert engine.generate(requests, **hot | {"top_p": 1e-6}, batch_size=3) == answers
 
 
 def test_errors_name_the_request_and_the_fix(engine, requests, world):
@@ -171,11 +178,22 @@ def test_fingerprint_sees_every_bit(engine):
 
 
 def test_evaluation_with_the_real_engine(engine, world, tmp_path):
-    config = EvalConfig("vqa", str(world[1] / "test.jsonl"), str(world[1] / "images"), batch_size=3, max_new_tokens=NEW)
+    config = EvalConfig(
+        "open", str(world[1] / "test.jsonl"), str(world[1] / "images"), batch_size=3, max_new_tokens=NEW, blind=""
+    )
     results = runner.run(engine, config, workdir=tmp_path, log=lambda text: None)
     assert results["scores"]["all"]["n"] == 12
     lines = [json.loads(line) for line in (tmp_path / "answers-sighted.jsonl").read_text().splitlines()]
     assert lines[0]["key"]["model"] == engine.fingerprint and len(lines) == 13
+
+
+def test_load_reads_a_saved_model_and_says_what_is_no_model(engine, requests, answers, tmp_path):
+    save_model(tmp_path / "model", engine.params, engine.config, engine.prompt, {})
+    loaded = load(tmp_path)
+    assert loaded.fingerprint == engine.fingerprint and loaded.prompt.template == engine.prompt.template
+    assert loaded.generate(requests, max_new_tokens=NEW, batch_size=3) == answers
+    with pytest.raises(UserError, match="holds no jaxvlm model"):
+        load(tmp_path / "nothing")
 
 
 @given(st.integers(1, 100_000))
@@ -189,7 +207,8 @@ def test_transformers_generates_the_same_tokens(world, tmp_path):
     transformers = pytest.importorskip("transformers")
     from jaxvlm.weights import import_model
 
-    image_token, vocab = 400, 401
+    image_token = Tokenizer(world[0]).vocab_size
+    vocab = image_token + 1
     vision = dict(image_size=28, patch_size=14, hidden_size=32, num_hidden_layers=3, num_attention_heads=4)
     text = dict(vocab_size=vocab, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
     hf_config = transformers.LlavaConfig(
@@ -226,3 +245,11 @@ def test_transformers_generates_the_same_tokens(world, tmp_path):
                 **inputs, do_sample=False, max_new_tokens=NEW, eos_token_id=ours.tokenizer.eos_id, pad_token_id=0
             )
         assert out[0, len(ids) :].tolist() == row
+
+
+def test_a_sharded_engine_gives_the_same_answers(engine, requests, answers):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    shardings = param_shardings(logical_axes(engine.config), engine.params, mesh)
+    sharded = Engine(engine.config, engine.prompt, jax.device_put(engine.params, shardings), mesh=mesh)
+    assert sharded.generate(requests, max_new_tokens=NEW, batch_size=3) == answers
+    assert sharded.fingerprint == engine.fingerprint

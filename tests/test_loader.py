@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def loader(folder, *, names="ab", data=None, fraction=1.0, **options):
+def loader(folder, *, names="ab", data=None, prompt=None, fraction=1.0, **options):
     files = {"a": "a.json", "b": "b.jsonl"}
     sources = [
         SourceConfig(
@@ -49,7 +49,8 @@ def loader(folder, *, names="ab", data=None, fraction=1.0, **options):
         for name in names
     ]
     settings = dict(packing=True, images_per_row=3, num_threads=2) | (data or {})
-    prompt = PromptConfig(tokenizer=str(folder / "tokenizer"), template="prism", length=128)
+    base = dict(tokenizer=str(folder / "tokenizer"), template="prism", length=128)
+    prompt = PromptConfig(**base | (prompt or {}))
     options = dict(batch_size=4, seed=0, cache_dir=folder / "cache") | options
     return Loader(DataConfig(sources=tuple(sources), **settings), prompt, VISION, **options)
 
@@ -183,7 +184,7 @@ def test_features_take_the_place_of_pixels(folder, tmp_path):
             np.testing.assert_array_equal(
                 pixels["pixels"][row, tile], transform(image, "letterbox", 28, VISION.mean)
             )
-    with pytest.raises(DataError, match="1 image files cannot be used.*0.png"):
+    with pytest.raises(DataError, match="1 image files are missing or empty.*0.png"):
         loader(folder, features=(array, {path: i for path, i in index.items() if "0.png" not in path}))
 
 
@@ -252,7 +253,7 @@ def test_bad_records_are_reported_before_the_first_step(folder):
         loader(folder, names=["bad.json"])
     text = str(error.value)
     assert (
-        "1 image files cannot be used, the first: " in text
+        "1 image files are missing or empty, the first: " in text
         and "nope.png" in text
         and "`images` folder" in text
     )
@@ -343,6 +344,9 @@ def test_byte_order_mark_and_pretty_lists_are_read(folder, tmp_path):
         (dict(process_count=3), "batch_size 4 must be a multiple of the 3 processes"),
         (dict(data=dict(bad_records="ignore")), "bad_records must be"),
         (dict(data=dict(transform="pad")), "no image transform 'pad'"),
+        (dict(prompt=dict(layout="cambrian")), "no layout 'cambrian'"),
+        (dict(prompt=dict(truncation="cut")), "no truncation 'cut'"),
+        (dict(prompt=dict(truncation="before_splice", length=12)), "length 12 leaves no room"),
         (dict(data=dict(template="chatml")), r"template 'chatml' needs the special token"),
     ],
 )

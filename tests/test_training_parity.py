@@ -72,7 +72,7 @@ def _torch_inputs(batch: dict, vision) -> dict:
 @pytest.mark.parametrize(
     ("name", "file", "template", "trains", "optimizer"),
     [
-        ("align", "captions.json", "plain", "multi_modal_projector", dict(learning_rate=1e-3)),
+        ("align", "align.json", "plain", "multi_modal_projector", dict(learning_rate=1e-3)),
         ("instruct", "instruct.json", None, "multi_modal_projector language_model lm_head", dict(learning_rate=1e-3)),
         (
             "clipped",

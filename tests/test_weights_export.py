@@ -178,8 +178,6 @@ def test_chat_template_renders_our_prompt(name, system):
     if system:
         turns.insert(0, {"from": "system", "value": system})
         messages.insert(0, {"role": "system", "content": system})
-    ours = render([*turns, {"from": "gpt", "value": "Black."}], name).text.replace("{eos}", "</s>")
+    ours = render(turns, name).text
     theirs = jinja2.Environment().from_string(chat_template(name)).render(messages=messages, eos_token="</s>")
-    assert name in CHAT and ours.startswith(theirs), f"{ours!r}\n{theirs!r}"
-    rest = ours[len(theirs) :]
-    assert rest.lstrip(" ").startswith("Black.")
+    assert name in CHAT and theirs == ours

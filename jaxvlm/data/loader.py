@@ -7,6 +7,7 @@ Resume needs that one number, and the hosts and workers that share the work cann
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -24,7 +25,7 @@ from jaxvlm.data.image import transform_version
 from jaxvlm.data.layout import visual_tokens
 from jaxvlm.data.packing import plan
 from jaxvlm.data.rows import RowReader, Samples
-from jaxvlm.data.sources import image_path, missing_files, read_records
+from jaxvlm.data.sources import image_path, missing_files
 from jaxvlm.data.table import cached_table, open_table, splice_settings, table_images, table_text
 from jaxvlm.data.tokenizer import Tokenizer
 
@@ -63,12 +64,8 @@ class Loader:
         log: Callable[[str], Any] = lambda message: None,
     ):
         _check(data, batch_size, steps, epochs, process_index, process_count)
-        overrides = {
-            key: value
-            for key in ("template", "transform", "length")
-            if (value := getattr(data, key)) is not None
-        }
-        self.prompt = prompt = replace(prompt, **overrides)
+        overrides = {key: getattr(data, key) for key in ("template", "transform", "length")}
+        self.prompt = prompt = replace(prompt, **{k: v for k, v in overrides.items() if v is not None})
         self.data, self.batch_size, self.seed = data, batch_size, seed
         self.process_index, self.process_count = process_index, process_count
         self.tokenizer = tokenizer = tokenizer or Tokenizer(prompt.tokenizer)
@@ -82,22 +79,16 @@ class Loader:
             for i, source in enumerate(data.sources)
         ]
         self._samples, skipped = _usable_samples(data, self._tables, features)
-        self.skipped_path = _report(skipped, data, skipped_path or cache / "skipped.jsonl")
+        default = cache / f"skipped-{hashlib.sha256(str(self._tables).encode()).hexdigest()[:16]}.jsonl"
+        self.skipped_path = _report(skipped, data, skipped_path or default, write=process_index == 0)
         self._skipped = skipped
         if not len(self._samples.source):
             raise DataError(
                 f"No usable record is left in {', '.join(source.path for source in data.sources)}."
             )
 
-        settings = [
-            data.packing,
-            data.virtual_shards,
-            data.images_per_row,
-            splicing,
-            pixels,
-            vision.image_size,
-            vision.mean,
-        ]
+        packing = [data.packing, data.virtual_shards, data.images_per_row]
+        settings = [packing, splicing, pixels, vision.image_size, vision.mean]
         self._rows, self._row_offsets, first = self._plan(steps, epochs)
         self.num_rows = len(self._row_offsets) - 1
         self.num_steps = -(-self.num_rows // batch_size)
@@ -119,17 +110,15 @@ class Loader:
         )
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
-        """This process's batches from `start_step` to the end, decoded ahead by threads (and workers, if
-        configured).
-        """
+        """This process's batches from `start_step` to the end, made ahead of time by threads or workers."""
         import grain  # here, because it brings jax along and takes over a second; inference needs neither
 
         rows = self.batch_size // self.process_count
         first = self.process_index * rows
-        reader, total = self._reader, self.batch_size
         if start_step >= self.num_steps:
             return
-        data = grain.MapDataset.range(start_step, self.num_steps).map(_StepBatch(reader, total, first, rows))
+        make = functools.partial(_step_batch, self._reader, self.batch_size, first, rows)
+        data = grain.MapDataset.range(start_step, self.num_steps).map(make)
         threads = max(1, self.data.num_threads)
         stream = data.to_iter_dataset(
             grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
@@ -171,7 +160,7 @@ class Loader:
         table, config = open_table(self._tables[source]), self.data.sources[source]
         number = int(table.record[row])
         return {
-            "id": read_records(config.path)[number].get("id"),
+            "id": table.ids[row],
             "source": config.name or config.path,
             "record": number,
             "images": [
@@ -226,15 +215,10 @@ class Loader:
         return np.concatenate(rows), offsets, first
 
 
-class _StepBatch:
-    """Step -> the rows of its batch that are this process's; picklable, for workers."""
-
-    def __init__(self, reader: RowReader, batch_size: int, first: int, rows: int):
-        self.reader, self.batch_size, self.first, self.rows = reader, batch_size, first, rows
-
-    def __call__(self, step: int) -> Batch:
-        start = int(step) * self.batch_size + self.first
-        return self.reader.batch(range(start, start + self.rows))
+def _step_batch(reader: RowReader, batch_size: int, first: int, rows: int, step: int) -> Batch:
+    """`rows` rows of the batch of `step`, from its row `first` on."""
+    start = int(step) * batch_size + first
+    return reader.batch(range(start, start + rows))
 
 
 def epoch_rows(samples: Samples, data: DataConfig, length: int, seed: int, epoch: int) -> list[np.ndarray]:
@@ -283,44 +267,40 @@ def _usable_samples(data: DataConfig, tables: list[str], features) -> tuple[Samp
         skipped += table.bad
         paths = [image_path(config.images, name) for name in table.image_names]
         if features is None:
-            missing, why = set(missing_files(paths)), "image file {} is missing or empty"
+            missing = set(missing_files(paths))
         else:
-            missing, why = (
-                {n for n, path in enumerate(paths) if path not in features[1]},
-                "image {} has no cached features",
-            )
+            missing = {n for n, path in enumerate(paths) if path not in features[1]}
         counts = np.diff(table.image_offsets)
         owner = np.repeat(np.arange(len(counts)), counts)
         bad_rows = np.unique(owner[np.isin(table.images, list(missing))])
         for row in bad_rows:
             path = next(paths[n] for n in table_images(table, row) if n in missing)
-            number = int(table.record[row])
-            reason = {"reason": why.format(path), "image": path}
-            skipped.append(
-                {"source": config.name, "file": config.path, "record": number, "id": None} | reason
-            )
-        rows = np.repeat(
-            np.arange(len(counts)), np.where(np.isin(np.arange(len(counts)), bad_rows), 0, table.copies)
-        )
+            why = {"reason": f"image file {path} is missing or empty", "image": path}
+            place = {"source": config.name, "file": config.path, "record": int(table.record[row])}
+            skipped.append(place | {"id": table.ids[row]} | why)
+        copies = np.array(table.copies)
+        copies[bad_rows] = 0
+        rows = np.repeat(np.arange(len(counts)), copies)
         columns = (table.lengths, counts, table.supervised_tokens, table.dropped_images, table.truncated)
         parts.append((np.full(len(rows), i), rows, *(column[rows] for column in columns)))
     return Samples(*(np.concatenate(column).astype(np.int64) for column in zip(*parts, strict=True))), skipped
 
 
-def _report(skipped: list[dict], data: DataConfig, path: str | os.PathLike) -> str | None:
+def _report(skipped: list[dict], data: DataConfig, path: str | os.PathLike, write: bool) -> str | None:
     """Writes the skipped records, or raises when they are errors."""
     if not skipped:
         return None
     if data.bad_records == "skip":
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(record) + "\n" for record in skipped), encoding="utf-8")
+        if write:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            lines = (json.dumps(record) + "\n" for record in skipped)
+            Path(path).write_text("".join(lines), encoding="utf-8")
         return str(path)
     lines = []
     images = list(dict.fromkeys(record["image"] for record in skipped if "image" in record))
     if images:
         folders = ", ".join(dict.fromkeys(repr(source.images) for source in data.sources))
-        lines.append(f"{len(images)} image files cannot be used, the first: {', '.join(images[:5])}.")
+        lines.append(f"{len(images)} image files are missing or empty, the first: {', '.join(images[:5])}.")
         lines.append(f"  Check the sources' `images` folder ({folders}) or complete the download.")
     others = [record for record in skipped if "image" not in record]
     if others:

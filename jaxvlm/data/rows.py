@@ -114,7 +114,7 @@ class RowReader:
 def _file_of(array: np.ndarray) -> np.ndarray | tuple:
     """A memory map as what is needed to open it again, so that pickling does not copy it."""
     if isinstance(array, np.memmap) and array.filename is not None:
-        return (str(array.filename), str(array.dtype), int(array.offset), array.shape)
+        return (str(array.filename), array.dtype, int(array.offset), array.shape)
     return array
 
 
@@ -125,4 +125,4 @@ def _features(features: np.ndarray | tuple) -> np.ndarray:
 @functools.lru_cache(maxsize=8)
 def _reopened(place: tuple) -> np.ndarray:
     filename, dtype, offset, shape = place
-    return np.memmap(filename, dtype=np.dtype(dtype), mode="r", offset=offset, shape=shape)
+    return np.memmap(filename, dtype=dtype, mode="r", offset=offset, shape=shape)

@@ -33,8 +33,8 @@ CHUNK = 512  # records tokenised in one call
 def splice_settings(
     prompt: PromptConfig, tokenizer: Tokenizer, num_visual_tokens: int, images_per_row: int
 ) -> dict:
-    """The arguments of `splice` that planning and assembling share."""
-    return {
+    """The arguments of `splice` for planning and assembling. Raises `DataError` if they are unusable."""
+    settings = {
         "num_visual_tokens": num_visual_tokens,
         "layout": prompt.layout,
         "length": prompt.length,
@@ -43,6 +43,10 @@ def splice_settings(
         "bos_id": tokenizer.bos_id if tokenizer.adds_bos else None,
         "pad_id": tokenizer.pad_id or 0,
     }
+    splice(
+        Encoded(np.zeros(0, np.int32), np.zeros(0, np.float32)), **settings
+    )  # raises for unusable settings
+    return settings
 
 
 def cached_table(
@@ -78,7 +82,7 @@ def _encode_records(source, template, splicing, tokenizer, seed, log) -> tuple[d
     indices, copies = np.unique(select(len(records), source.fraction, seed), return_counts=True)
     if len(indices) > 2000:
         log(f"{source.name or source.path}: tokenising {len(indices):,} records (kept for the next run)")
-    tokens, supervised, images, rows, bad = [], [], [], [], []
+    tokens, supervised, images, rows, ids, bad = [], [], [], [], [], []
     names: dict[str, int] = {}
     for start in range(0, len(indices), CHUNK):
         numbers = indices[start : start + CHUNK].tolist()
@@ -92,6 +96,7 @@ def _encode_records(source, template, splicing, tokenizer, seed, log) -> tuple[d
                 place = {"source": source.name, "file": source.path, "record": number, "id": identity}
                 bad.append(place | {"reason": str(error)})
                 continue
+            ids.append(record.get("id"))
             tokens.append(one.tokens)
             supervised.append(one.weights > 0)
             images.append(
@@ -115,7 +120,7 @@ def _encode_records(source, template, splicing, tokenizer, seed, log) -> tuple[d
             )
         ),
     }
-    return arrays, bad, {"image_names": list(names), "records": len(indices)}
+    return arrays, bad, {"image_names": list(names), "ids": ids}
 
 
 def _read(records: Sequence, number: int) -> dict | DataError:

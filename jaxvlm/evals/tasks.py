@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxvlm.config import UserError
+
 # The response formats of LLaVA-1.5 (recipes §1.2 P9). A question that already carries its format is left alone.
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 OPTION_LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -23,7 +25,7 @@ FORMATS = {"vqa": SHORT_ANSWER, "multiple_choice": OPTION_LETTER, "open": ""}
 IMAGE_MARK = "<image>"
 
 
-class EvalError(ValueError):
+class EvalError(UserError):
     """An evaluation that cannot be run as asked; the message names the file or record and the fix."""
 
 

@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jaxvlm.config import UserError
+
 if TYPE_CHECKING:
     from jaxvlm.infer.engine import Engine
 
 IMAGE_MARK = "<image>"
 
 
-class RequestError(ValueError):
+class RequestError(UserError):
     """A request that cannot be answered; the message names the record and the fix."""
 
 

@@ -204,7 +204,8 @@ class Engine:
         """A digest of the config and of every bit of the parameters: answers of two models cannot be mistaken."""
         if self._fingerprint is None:
             leaves = jax.tree_util.tree_leaves_with_path(self.params)
-            sums = [(jax.tree_util.keystr(path), leaf.shape, *map(int, _bit_sums(leaf))) for path, leaf in leaves]
+            sums = zip(leaves, jax.device_get(_bit_sums([leaf for _, leaf in leaves])), strict=True)
+            sums = [(jax.tree_util.keystr(path), leaf.shape, *map(int, pair)) for (path, leaf), pair in sums]
             text = json.dumps([to_dict(self.config), self.prompt.template, sums], sort_keys=True)
             self._fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
         return self._fingerprint
@@ -224,6 +225,11 @@ class Engine:
             if isinstance(item, (str, os.PathLike)) and not Path(item).is_file():
                 raise RequestError(f"{name}: the image {item} does not exist.")
         tokens = conversation.prompt(messages, self.tokenizer, self.prompt.template, self.prompt.layout)
+        if tokens.max() >= self.config.llm.vocab_size:
+            raise RequestError(
+                f"{name}: the tokenizer {self.tokenizer.path} gives the token {tokens.max()}, but the model knows "
+                f"{self.config.llm.vocab_size} tokens. It belongs to another model; see prompt.tokenizer."
+            )
         limit = self.config.llm.max_positions
         visual = visual_tokens(self.config.vision)
         length = len(tokens) + len(images) * (visual - 1)
@@ -386,12 +392,16 @@ def _stops(stop: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 @jax.jit
-def _bit_sums(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The bits of an array summed as integers, plainly and weighted by position; exact in any order of summation."""
-    kind = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(leaf, kind).astype(jnp.uint32)
-    weights = jnp.uint32(1)
-    for axis in range(leaf.ndim):  # no flattening: a sharded leaf stays where it is
-        place = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-        weights = weights * jnp.uint32(2654435761) + 2 * place
-    return bits.sum(dtype=jnp.uint32), (bits * weights).sum(dtype=jnp.uint32)
+def _bit_sums(leaves: list[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
+    """The bits of each array summed as integers, plainly and weighted by place; exact in any order of summation."""
+
+    def sums(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
+        kind = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
+        bits = jax.lax.bitcast_convert_type(leaf, kind).astype(jnp.uint32)
+        weights = jnp.uint32(1)
+        for axis in range(leaf.ndim):  # no flattening: a sharded leaf stays where it is
+            place = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+            weights = weights * jnp.uint32(2654435761) + 2 * place
+        return bits.sum(dtype=jnp.uint32), (bits * weights).sum(dtype=jnp.uint32)
+
+    return [sums(leaf) for leaf in leaves]

@@ -209,44 +209,46 @@ CHAT: dict[str, dict[str, Any]] = {
         "lead": "",
         "end": "<|im_end|>\n",
         "system_format": ("<|im_start|>system\n", "<|im_end|>\n"),
+        "strip_answers": True,
     },
-    "prism": {"user": "In: ", "ask": "\nOut:", "lead": " ", "end": "{{ eos_token }}", "image": "<image>"},
+    "prism": {"user": "In: ", "ask": "\nOut:", "lead": " ", "end": "{{ eos_token }}"} | {"image_first": True, "strip_answers": True},
 }
 CHAT_ENDS = {name: (values["end"].strip(),) for name, values in CHAT.items()}
 
 
 def chat_template(name: str) -> str:
     """Jinja source that renders messages (strings, or lists of text and image parts) like the named template."""
-    t = {
-        "between": "",
-        "system": "",
-        "system_format": ("", ""),
-        "system_inside": False,
-        "image": "<image>\n",
-    } | CHAT[name]
+    defaults = {"between": "", "system": "", "system_format": ("", ""), "system_inside": False}
+    t = defaults | {"image_first": False, "strip_answers": False} | CHAT[name]
 
     def say(text: str) -> str:
-        return text if "{{" in text else f"{{{{ {json.dumps(text)} }}}}" if text else ""
+        return text if "{{" in text or not text else f"{{{{ {json.dumps(text)} }}}}"
 
     before, after = t["system_format"]
     system = f"{{% if system %}}{say(before)}{{{{ system }}}}{say(after)}{{% endif %}}"
     inside, outside = (system, "") if t["system_inside"] else ("", system)
-    content = (
-        "{% if m['content'] is string %}{{ m['content'] }}{% else %}"
-        "{% for c in m['content'] %}{% if c['type'] == 'image' %}"
-        + say(t["image"])
-        + "{% endif %}{% endfor %}"
-        "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}"
+    text = (
+        "{% set text %}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+        "{% for c in m['content'] %}{% if c['type'] == 'image' %}" + say("<image>\n") + "{% endif %}{% endfor %}"
+        "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}"
+        "{% endif %}{% endset %}"
     )
+    words = "text.replace('<image>', '').strip()"
+    if t["image_first"]:
+        images, question = "{{ '<image>' * text.count('<image>') }}", f"{{{{ {words} }}}}"
+    else:  # one image moves to the front of its turn, several keep their places
+        front = f'{{{{ ("<image>\\n" + {words}).strip() }}}}'
+        images = ""
+        question = f"{{% if text.count('<image>') == 1 %}}{front}{{% else %}}{{{{ text }}}}{{% endif %}}"
+    answer = "{{ text.strip() }}" if t["strip_answers"] else "{{ text }}"
     return (
         f"{{% set system = {json.dumps(t['system'])} %}}"
         "{% if messages and messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}"
         "{% set messages = messages[1:] %}{% endif %}"
-        f"{outside}"
-        "{% for m in messages %}{% if m['role'] == 'user' %}"
+        f"{outside}{{% for m in messages %}}{text}{{% if m['role'] == 'user' %}}{images}"
         f"{{% if loop.first %}}{say(t['user'])}{inside}{{% else %}}{say(t['between'] + t['user'])}{{% endif %}}"
-        f"{content}{say(t['ask'])}"
-        f"{{% else %}}{say(t['lead'])}{content}{say(t['end'])}{{% endif %}}{{% endfor %}}"
+        f"{question}{say(t['ask'])}"
+        f"{{% else %}}{say(t['lead'])}{answer}{say(t['end'])}{{% endif %}}{{% endfor %}}"
     )
 
 
