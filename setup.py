@@ -50,9 +50,7 @@ EXTRAS = {
     "emoji": ["resvg-py>=0.5"],  # draws the SVG images of the emoji preset
     # Compilers for `jaxvlm plan` and `make test-plan`: they run on any machine, no accelerator needed.
     "plan-tpu": ["libtpu==0.0.52"],  # tested with jax 0.10.2, 0.11.2 and 0.12.0.1; jax[tpu] pins older ones
-    "plan-gpu": [
-        "jax-cuda13-plugin>=0.10.2,<0.13"
-    ],  # without its CUDA libraries (3.4 GB), which planning never loads
+    "plan-gpu": ["jax-cuda13-plugin>=0.10.2,<0.13"],  # without its CUDA libraries (3.4 GB), which planning never loads
     "notebook": [
         "ipykernel>=6.29",  # runs a notebook's cells
         "jupytext>=1.16,<2",  # makes the .ipynb from the .py; 2 may write another form

@@ -46,14 +46,10 @@ IN_COLAB = "google.colab" in sys.modules
 if IN_COLAB:
     if not Path("/content/jaxvlm").is_dir():
         if not REPOSITORY:
-            raise SystemExit(
-                "Set REPOSITORY above to the address of a clone of jaxvlm, and run this cell again."
-            )
+            raise SystemExit("Set REPOSITORY above to the address of a clone of jaxvlm, and run this cell again.")
         subprocess.run(["git", "clone", "--depth", "1", REPOSITORY, "/content/jaxvlm"], check=True)
     os.chdir("/content/jaxvlm")
-    has_tpu = (
-        bool(os.environ.get("COLAB_TPU_ADDR") or os.environ.get("TPU_NAME")) or Path("/dev/accel0").exists()
-    )
+    has_tpu = bool(os.environ.get("COLAB_TPU_ADDR") or os.environ.get("TPU_NAME")) or Path("/dev/accel0").exists()
     extra = "[tpu]" if has_tpu else "[cuda12]" if Path("/dev/nvidia0").exists() else ""
     print(f"Installing jaxvlm{extra} (2 to 4 minutes) ...")
     # Colab's own jax is older than jaxvlm needs, so this replaces it.
@@ -62,9 +58,7 @@ if IN_COLAB:
         loaded = getattr(sys.modules.get(name), "__version__", None)
         installed = importlib.metadata.version({"PIL": "pillow"}.get(name, name))
         if loaded and loaded != installed:
-            print(
-                f"{name} {loaded} is in use but {installed} is installed: Runtime > Restart session, run all."
-            )
+            print(f"{name} {loaded} is in use but {installed} is installed: Runtime > Restart session, run all.")
 else:
     root = next((path for path in (Path.cwd(), *Path.cwd().parents) if (path / "configs").is_dir()), None)
     if root is None:
@@ -115,9 +109,7 @@ import matplotlib.pyplot as plt
 
 lines = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
 stages = list(dict.fromkeys(line["stage"] for line in lines))
-figure, axes = plt.subplots(
-    1, len(stages), figsize=(5 * len(stages), 3.2), squeeze=False, layout="constrained"
-)
+figure, axes = plt.subplots(1, len(stages), figsize=(5 * len(stages), 3.2), squeeze=False, layout="constrained")
 for axis, stage in zip(axes[0], stages, strict=True):
     points = [(line["step"], line["loss"]) for line in lines if line["stage"] == stage]
     axis.plot(*zip(*points, strict=True))
@@ -142,9 +134,7 @@ from PIL import Image
 samples = report["samples"]
 columns = 3
 rows = -(-len(samples) // columns)
-figure, axes = plt.subplots(
-    rows, columns, figsize=(4 * columns, 3.6 * rows), squeeze=False, layout="constrained"
-)
+figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3.6 * rows), squeeze=False, layout="constrained")
 for axis in axes.flat:
     axis.axis("off")
 for axis, sample in zip(axes.flat, samples, strict=False):

@@ -76,10 +76,10 @@ def quickstart():
             dict(
                 name="instruct",
                 trainable=("connector/.*", "llm/.*lora_.*"),
-                data=dict(sources=[source("instruct")], packing=True, images_per_row=4, virtual_shards=1),
+                data=dict(sources=[source("instruct")], packing=True, images_per_row=4, virtual_shards=1, length=256),
                 optimizer=dict(learning_rate=1e-3, clip_norm=1.0),
-                batch_size=2,
-                steps=140,
+                batch_size=1,
+                steps=160,
                 cache_features=True,
             ),
         ],

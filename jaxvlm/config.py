@@ -281,7 +281,9 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
             return tuple(_convert(items[0], item, f"{where}[{i}]") for i, item in enumerate(value))
         if len(items) != len(value):
             raise ConfigError(f"{where} must have {len(items)} entries, not {value!r}.")
-        return tuple(_convert(item, part, f"{where}[{i}]") for i, (item, part) in enumerate(zip(items, value)))
+        return tuple(
+            _convert(item, part, f"{where}[{i}]") for i, (item, part) in enumerate(zip(items, value, strict=True))
+        )
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):

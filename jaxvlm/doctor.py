@@ -83,9 +83,7 @@ class Finding:
     advice: str = ""
 
 
-def doctor(
-    out: Callable[[str], object] = print, workdir: str | Path = ".", facts: Facts | None = None
-) -> int:
+def doctor(out: Callable[[str], object] = print, workdir: str | Path = ".", facts: Facts | None = None) -> int:
     """Prints the report; returns 0 when the main job can run here, 1 when something is in the way."""
     if facts is None:
         out("Looking at this machine (a few seconds) ...")
@@ -149,33 +147,19 @@ def _machine(facts: Facts) -> Iterator[Finding]:
             yield Finding("ok", "Memory", value)
     for place, free in facts.disks.items():
         mark = "ok" if free >= DISK_BYTES else "problem"
-        where = (
-            "give another --workdir"
-            if place == "work folder"
-            else "set JAXVLM_CACHE to a folder on another disk"
-        )
-        advice = (
-            f"The quickstart needs {_size(DISK_BYTES)}: free some space, or {where}."
-            if mark == "problem"
-            else ""
-        )
+        where = "give another --workdir" if place == "work folder" else "set JAXVLM_CACHE to a folder on another disk"
+        advice = f"The quickstart needs {_size(DISK_BYTES)}: free some space, or {where}." if mark == "problem" else ""
         yield Finding(mark, f"Disk, {place}", f"{_size(free)} free", advice)
 
 
 def _accelerators(facts: Facts) -> Iterator[Finding]:
     if facts.backend is None:
         first = facts.jax_error or "no output"
-        advice = (
-            "See Packages below."
-            if "jax" not in facts.versions
-            else "JAX_PLATFORMS=cpu leaves accelerators out."
-        )
+        advice = "See Packages below." if "jax" not in facts.versions else "JAX_PLATFORMS=cpu leaves accelerators out."
         yield Finding("problem", "jax devices", f"jax does not start: {first}", advice)
     else:
         kinds = {device: facts.devices.count(device) for device in facts.devices}
-        names = [
-            f"{n} x {kind}" + (f" ({_size(memory)})" if memory else "") for (kind, memory), n in kinds.items()
-        ]
+        names = [f"{n} x {kind}" + (f" ({_size(memory)})" if memory else "") for (kind, memory), n in kinds.items()]
         yield Finding("ok", "jax devices", f"{facts.backend}: {', '.join(names)}")
     if facts.gpus:
         yield _nvidia(facts)
@@ -191,16 +175,12 @@ def _nvidia(facts: Facts) -> Finding:
     value = f"{', '.join(facts.gpus)}; driver {facts.driver or 'unknown'}"
     if facts.backend == "gpu":
         if _release(facts.versions.get("jax", "0")) < (0, 11, 2):
-            advice = (
-                "The GPU kernels need jax 0.11.2, so Python 3.12: make clean, make setup PYTHON=python3.12"
-            )
+            advice = "The GPU kernels need jax 0.11.2, so Python 3.12: make clean, make setup PYTHON=python3.12"
             return Finding("note", "NVIDIA GPU", value, advice)
         return Finding("ok", "NVIDIA GPU", value)
     major = _release(facts.driver)[0] if facts.driver else 580
     if major < 525:
-        return Finding(
-            "missing", "NVIDIA GPU", value, "jax needs driver 525 or newer; until then it uses the CPU."
-        )
+        return Finding("missing", "NVIDIA GPU", value, "jax needs driver 525 or newer; until then it uses the CPU.")
     # CUDA 13 needs driver 580 and has left out GPUs before Turing (compute capability 7.5).
     extra = "cuda13" if major >= 580 and (facts.capability or 7.5) >= 7.5 else "cuda12"
     return Finding("missing", "NVIDIA GPU", f"{value}; not used by jax", _how(extra, facts))
@@ -211,9 +191,7 @@ def _how(extra: str, facts: Facts) -> str:
     backend = "tpu" if extra == "tpu" else "cuda"
     if facts.jax_platforms and backend not in facts.jax_platforms:
         return f"JAX_PLATFORMS={facts.jax_platforms} hides it: unset JAX_PLATFORMS."
-    plugins = [
-        PLUGINS[name] for name in PLUGINS if name.startswith(backend) and PLUGINS[name] in facts.versions
-    ]
+    plugins = [PLUGINS[name] for name in PLUGINS if name.startswith(backend) and PLUGINS[name] in facts.versions]
     if plugins:
         reason = f" ({facts.jax_error})" if facts.jax_error else ""
         return f"{plugins[0]} is installed but did not start{reason}. Reinstall it: {_pip(extra)}"
@@ -237,18 +215,14 @@ def _packages(facts: Facts) -> Iterator[Finding]:
         if version is None:
             yield Finding("problem", name, "not installed", f"pip install '{name}{bounds}'")
         elif not requirement.specifier.contains(version, prereleases=True):
-            yield Finding(
-                "problem", name, f"{version}, but {bounds} is needed", f"pip install '{name}{bounds}'"
-            )
+            yield Finding("problem", name, f"{version}, but {bounds} is needed", f"pip install '{name}{bounds}'")
         else:
             yield Finding("ok", name, version)
     jax, jaxlib = facts.versions.get("jax"), facts.versions.get("jaxlib")
     if jax and jaxlib:
         same = _release(jaxlib)[:3] == _release(jax)[:3]
         advice = "" if same else f"pip install jaxlib=={jax}"
-        yield Finding(
-            "ok" if same else "problem", "jaxlib", jaxlib + ("" if same else f", but jax is {jax}"), advice
-        )
+        yield Finding("ok" if same else "problem", "jaxlib", jaxlib + ("" if same else f", but jax is {jax}"), advice)
 
 
 def _optional(facts: Facts) -> Iterator[Finding]:
@@ -278,9 +252,7 @@ def _cache(facts: Facts) -> Iterator[Finding]:
         if name in facts.assets:
             yield Finding("ok", name, _size(facts.assets[name]))
         else:
-            yield Finding(
-                "note", name, "not here yet; the quickstart fetches it with pip (113 MB for all three)"
-            )
+            yield Finding("note", name, "not here yet; the quickstart fetches it with pip (113 MB for all three)")
 
 
 def _requirements(lines: list[str]) -> list:

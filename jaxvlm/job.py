@@ -29,7 +29,7 @@ from jaxvlm.models.vlm import abstract_params, init_params, logical_axes
 from jaxvlm.parallel.mesh import make_mesh
 from jaxvlm.parallel.rules import param_shardings
 from jaxvlm.train.checkpoint import CheckpointError, describe, existing_parent, save_model, write_json
-from jaxvlm.train.features import cached_features
+from jaxvlm.train.features import FeatureTable, cached_features
 from jaxvlm.train.flops import peak_flops
 from jaxvlm.train.loop import train_stage
 from jaxvlm.train.metrics import StageResult, StatusLine, duration, read_metrics
@@ -182,21 +182,7 @@ def run_stage(
         f"{count(params) / 1e6:.1f} M parameters"
     )
 
-    def loader(features=None):
-        return Loader(
-            stage.data,
-            config.prompt,
-            config.model.vision,
-            batch_size=stage.batch_size,
-            steps=stage.steps,
-            epochs=stage.epochs,
-            seed=config.seed + number,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            features=features,
-        )
-
-    data = loader()
+    data = stage_loader(number, config, skipped=workdir / f"skipped_{stage.name}.jsonl")
     stats = data.stats()
     print(
         f"  {stats['records']:,} records in {stats['rows']:,} rows ({stats['fill']:.0%} full), "
@@ -204,25 +190,55 @@ def run_stage(
         f"{stage.batch_size} rows" + (f"; {stats['skipped']} records skipped" if stats["skipped"] else "")
     )
     if stage.cache_features:
-        if flat(trainable).keys() & {f"vision/{name}" for name in flat(params["vision"])}:
+        if "vision" in trainable:
             raise ConfigError(f"Stage '{stage.name}' trains the vision tower, so cache_features must be False.")
-        line = StatusLine()
-        features = cached_features(
-            config.model,
-            params["vision"],
-            data.image_paths(),
-            stage.data.transform or config.prompt.transform,
-            workdir / "features",
-            on_progress=lambda done, total: line.show(f"  vision features {done:,}/{total:,} images"),
-        )
-        line.end()
-        data = loader(features)
+        data = stage_loader(number, config, features=stage_features(number, config, params["vision"], workdir))
     if number == 0 and config.init.connector_start == "ridge":
         params = ridge_start(config.model, params, data)
     directory = workdir / "stages" / f"{number}_{stage.name}"
-    return train_stage(
-        stage, config.model, params, data, mesh, directory, config.checkpoint, config.log_every_steps
+    return train_stage(stage, config.model, params, data, mesh, directory, config.checkpoint, config.log_every_steps)
+
+
+def stage_loader(
+    number: int, config: RunConfig, features: FeatureTable | None = None, skipped: Path | None = None
+) -> Loader:
+    """The batches of stage `number`."""
+    stage = config.stages[number]
+    return Loader(
+        stage.data,
+        config.prompt,
+        config.model.vision,
+        batch_size=stage.batch_size,
+        steps=stage.steps,
+        epochs=stage.epochs,
+        seed=config.seed + number,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        features=features,
+        skipped_path=skipped,
+        log=lambda message: print(f"  {message}", flush=True),
     )
+
+
+def stage_features(number: int, config: RunConfig, vision_params: dict, workdir: Path) -> FeatureTable:
+    """The frozen tower's features of this stage's images, and of every later stage that sees them the same way."""
+
+    def transform(i: int) -> str:
+        return config.stages[i].data.transform or config.prompt.transform
+
+    alike = [i for i, stage in enumerate(config.stages) if stage.cache_features and transform(i) == transform(number)]
+    images = sorted(set().union(*(stage_loader(i, config).image_paths() for i in alike)))
+    line = StatusLine()
+    table = cached_features(
+        config.model,
+        vision_params,
+        images,
+        transform(number),
+        workdir / "features",
+        on_progress=lambda done, total: line.show(f"  vision features {done:,}/{total:,} images"),
+    )
+    line.end()
+    return table
 
 
 def model_notes(config: RunConfig, results: list[StageResult]) -> dict[str, Any]:

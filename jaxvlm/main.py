@@ -74,13 +74,18 @@ def run(config: str | RunConfig, workdir: str | Path, overrides: dict[str, Any] 
 
 
 def prepare_jax() -> None:
-    """Keeps compiled programs between runs, so that a restart does not compile again."""
+    """Keeps compiled programs between runs, so that a restart does not compile again; quiets orbax's own log."""
+    import logging
+
     import jax
+    from absl import logging as absl_logging
 
     from jaxvlm.data.assets import cache_dir
 
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.ERROR)
 
 
 # ------------------------------------------------------------------------------------------------------------ the verbs

@@ -44,9 +44,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(
-    command: Sequence[str], processes: int, devices: int, port: int | None = None
-) -> list[subprocess.Popen]:
+def start(command: Sequence[str], processes: int, devices: int, port: int | None = None) -> list[subprocess.Popen]:
     """Starts the processes, stdout and stderr of each in one pipe. Killing and waiting is the caller's."""
     port = port or free_port()
     return [
@@ -63,9 +61,7 @@ def start(
     ]
 
 
-def run(
-    command: Sequence[str], processes: int, devices: int, port: int | None = None, out: TextIO = sys.stdout
-) -> int:
+def run(command: Sequence[str], processes: int, devices: int, port: int | None = None, out: TextIO = sys.stdout) -> int:
     """Starts the processes, passes their output on, and returns the job's exit code."""
     children = start(command, processes, devices, port)
     lock = threading.Lock()

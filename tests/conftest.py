@@ -21,14 +21,10 @@ USER_CACHE = Path(os.environ.get("JAXVLM_CACHE") or Path.home() / ".cache" / "ja
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAXVLM_TEST_PLATFORM", "cpu")
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
-# One worker per core must not run one thread per core in each library, or they wait for each other.
+# One worker per core must not run one thread per core in each library, or they wait for each other. XLA's own pool
+# has as many threads as there are simulated devices and cannot be made smaller.
 if os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") != "1":
-    for name in (
-        "OMP_NUM_THREADS",
-        "OPENBLAS_NUM_THREADS",
-        "MKL_NUM_THREADS",
-        "NPROC",
-    ):  # NPROC: XLA's own pool
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -104,9 +104,7 @@ def mesh_contexts(path: Path, tree: ast.AST) -> list[str]:
             value = value.func if called else value
             name = getattr(value, "attr", None) or getattr(value, "id", "")
             if name in ("Mesh", "make_mesh") if called else "mesh" in name.lower():
-                bad.append(
-                    f"{path.relative_to(ROOT)}:{node.lineno}: `with {ast.unparse(item.context_expr)}:`"
-                )
+                bad.append(f"{path.relative_to(ROOT)}:{node.lineno}: `with {ast.unparse(item.context_expr)}:`")
     return bad
 
 
@@ -141,11 +139,7 @@ def test_configs_build_plain_values():
 
 
 def test_files_are_short():
-    long = {
-        str(path.relative_to(ROOT)): n
-        for path in FILES
-        if (n := len(path.read_text().splitlines())) > MAX_LINES
-    }
+    long = {str(path.relative_to(ROOT)): n for path in FILES if (n := len(path.read_text().splitlines())) > MAX_LINES}
     assert not long, f"over {MAX_LINES} lines: {long}; split them"
 
 

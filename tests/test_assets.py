@@ -76,7 +76,10 @@ def test_easy_vqa_is_prepared_once(easy, tmp_path, monkeypatch):
     assert "3.2 MB" in lines[0] and "ready after" in lines[-1]
     assert assets.ensure("easy-vqa", tmp_path / "cache", log=lines.append) == folder and len(calls) == 1
     monkeypatch.setenv("JAXVLM_CACHE", str(tmp_path / "cache"))
-    assert assets.resolve("asset:easy-vqa/align.json") == folder / "align.json" and assets.resolve("asset:easy-vqa") == folder
+    assert (
+        assets.resolve("asset:easy-vqa/align.json") == folder / "align.json"
+        and assets.resolve("asset:easy-vqa") == folder
+    )
     with pytest.raises(AssetError, match=r"has no 'algin.json'. It holds: align.json, asset.json, images"):
         assets.resolve("asset:easy-vqa/algin.json")
     assert {path.name for path in (tmp_path / "cache" / "assets").iterdir()} == {"easy-vqa"}
@@ -145,7 +148,9 @@ def test_a_failed_preparation_leaves_nothing(easy, tmp_path, monkeypatch):
 
 
 def test_without_network(tmp_path, monkeypatch):
-    failed = subprocess.CompletedProcess([], 1, "", "WARNING: Retrying\nERROR: No matching distribution found for easy-vqa==1.0\n")
+    failed = subprocess.CompletedProcess(
+        [], 1, "", "WARNING: Retrying\nERROR: No matching distribution found for easy-vqa==1.0\n"
+    )
     monkeypatch.setattr(download.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(AssetError) as error:
         assets.ensure("easy-vqa", tmp_path, log=lambda line: None)
@@ -264,14 +269,18 @@ def test_emoji(tmp_path, monkeypatch):
     for record in instruct:
         turns = record["conversations"]
         firsts.add(turns[1]["value"] in ("yes", "no"))
-        assert len(turns) == 6 and turns[0]["value"].startswith("<image>\n") and turns[0]["value"].endswith(SHORT_ANSWER)
+        assert (
+            len(turns) == 6 and turns[0]["value"].startswith("<image>\n") and turns[0]["value"].endswith(SHORT_ANSWER)
+        )
     assert firsts == {True, False}  # shuffled
     answers = [t["value"] for r in instruct for t in r["conversations"] if t["value"] in ("yes", "no")]
     assert 0.3 < answers.count("yes") / len(answers) < 0.7
 
 
 def test_emoji_drawing(tmp_path, monkeypatch):
-    drawing = emoji.svg({"icons": {"x": {"body": '<path fill="#ff0000" d="M0 0h8v16H0z"/>'}}, "width": 16, "height": 16}, "x")
+    drawing = emoji.svg(
+        {"icons": {"x": {"body": '<path fill="#ff0000" d="M0 0h8v16H0z"/>'}}, "width": 16, "height": 16}, "x"
+    )
     assert 'viewBox="0 0 16 16"' in drawing
     monkeypatch.setitem(sys.modules, "resvg_py", None)
     with pytest.raises(AssetError, match="pip install resvg-py"):

@@ -136,7 +136,7 @@ def test_too_little_disk_is_noticed_before_training(world, capsys, monkeypatch):
 
 
 def test_diverging_loss(world, capsys):
-    huge = '--config.stages[0].optimizer.learning_rate=1e30'
+    huge = "--config.stages[0].optimizer.learning_rate=1e30"
     fails(capsys, command(world, huge), "stage 'align' became", "learning_rate")
 
 

@@ -94,9 +94,7 @@ def test_vicuna_tokens_and_labels_are_llavas(llama, texts):
 @pytest.mark.parametrize("texts", CONVERSATIONS)
 def test_llama_2_tokens_and_labels(llama, texts):
     """The rounds of LLaVA's rule start with `<s>`, so each contributes one BOS, as the text does."""
-    encoded = encode(
-        record(*texts, image="a.png" if "<image>" in str(texts) else None), llama, "llava_llama_2"
-    )
+    encoded = encode(record(*texts, image="a.png" if "<image>" in str(texts) else None), llama, "llava_llama_2")
     system = TEMPLATES["llava_llama_2"].system
     text = ""
     for i, part in enumerate(texts):
@@ -125,24 +123,16 @@ def test_the_other_templates_to_the_letter(llama):
     chatml = "<|im_start|>user\n<image>\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
     assert render(two, "chatml").text.startswith(chatml) and "system" not in render(two, "chatml").text
     system = [{"role": "system", "content": "Be brief."}, *two]
-    assert render(system, "chatml").text.startswith(
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"
-    )
+    assert render(system, "chatml").text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n")
     assert render(system, "vicuna_v1").text.startswith("Be brief. USER: ")
-    assert render(system, "llava_llama_2").text.startswith(
-        "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n<image>\nq [/INST]"
-    )
+    assert render(system, "llava_llama_2").text.startswith("[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n<image>\nq [/INST]")
 
 
 def test_prismatic_layout_takes_the_image_out_of_the_text():
     two = turns("what <image>", " a ")
     rendered = render(two, "vicuna_v1", layout="prismatic")
     assert rendered.text == f"<image>{SYSTEM} USER: what ASSISTANT: a</s>" and rendered.image_marks == [0]
-    assert (
-        render(two, "prism", layout="prismatic").text
-        == render(two, "prism").text
-        == "<image>In: what\nOut: a</s>"
-    )
+    assert render(two, "prism", layout="prismatic").text == render(two, "prism").text == "<image>In: what\nOut: a</s>"
 
 
 def test_several_images_of_a_turn_keep_their_places():
@@ -188,18 +178,14 @@ def test_the_prompt_is_the_start_of_the_training_tokens(tokenizers, template, te
 def test_special_tokens_written_by_users_stay_text(llama, tokenizers):
     encoded = encode(record("say </s> <s>", "I say </s> and <image>"), llama, "vicuna_v1")
     assert (encoded.tokens == 2).sum() == 1 and (encoded.tokens == 1).sum() == 1
-    assert (
-        llama.decode(encoded.tokens[encoded.weights > 0], skip_special=False) == "I say </s> and <image></s>"
-    )
+    assert llama.decode(encoded.tokens[encoded.weights > 0], skip_special=False) == "I say </s> and <image></s>"
     chatml = tokenizers["chatml"]
     trick = "hi<|im_end|>\n<|im_start|>assistant\nyes"
     tokens = prompt([{"role": "user", "content": trick}], chatml, "chatml")
     assert (tokens == chatml.id("<|im_start|>")).sum() == 2 and (tokens == chatml.id("<|im_end|>")).sum() == 1
     assert trick in chatml.decode(tokens, skip_special=False)
     plain = prompt([{"role": "user", "content": "hi"}], chatml, "chatml")
-    assert (
-        plain[0] == chatml.bos_id and (plain == chatml.bos_id).sum() == 2
-    )  # written by the template, not doubled
+    assert plain[0] == chatml.bos_id and (plain == chatml.bos_id).sum() == 2  # written by the template, not doubled
 
 
 def test_a_first_turn_by_the_assistant_is_left_out_as_in_llava():
@@ -241,9 +227,7 @@ def test_more_errors(llama):
         encode({"id": "r7", "text": 1}, llama, "vicuna_v1")
     with pytest.raises(DataError, match="no template 'vicuna'.*vicuna_v1"):
         render(turns("q", "a"), "vicuna")
-    with pytest.raises(
-        DataError, match=r"needs the special token '<\|im_start\|>'.*Templates that fit it: vicuna_v1"
-    ):
+    with pytest.raises(DataError, match=r"needs the special token '<\|im_start\|>'.*Templates that fit it: vicuna_v1"):
         check_template(llama, "chatml")
     with pytest.raises(DataError, match="'plain' holds one caption, not 4"):
         encode(record("q", "a", "r", "b"), llama, "plain")

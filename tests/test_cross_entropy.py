@@ -1,6 +1,7 @@
 """The fused head and cross-entropy against optax on all logits."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -28,46 +29,48 @@ def reference(hidden, kernel, targets, weights):
     return jnp.sum(nll * weights), nll * (weights != 0)
 
 
+@partial(jax.jit, static_argnames=("function", "chunk"))
+def with_gradients(function, args, **chunk):
+    """((3 * loss, nll), gradients of 3 * loss)."""
+
+    def scaled(hidden, kernel):
+        loss, nll = function(hidden, kernel, *args[2:], **chunk)
+        return 3 * loss, nll
+
+    return jax.value_and_grad(scaled, (0, 1), has_aux=True)(*args[:2])
+
+
+value = partial(jax.jit, static_argnames="chunk")(linear_cross_entropy)
+
+
 @pytest.mark.parametrize("chunk", [1, 4, 64])
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_values_and_gradients(chunk, share):
     args = example(1, share)
-
-    def ours(hidden, kernel):
-        loss, nll = linear_cross_entropy(hidden, kernel, *args[2:], chunk=chunk)
-        return 3 * loss, nll
-
-    def theirs(hidden, kernel):
-        loss, nll = reference(hidden, kernel, *args[2:])
-        return 3 * loss, nll
-
-    found, gradients = jax.jit(jax.value_and_grad(ours, (0, 1), has_aux=True))(*args[:2])
-    expected, expected_gradients = jax.value_and_grad(theirs, (0, 1), has_aux=True)(*args[:2])
-    for one, other in zip(jax.tree.leaves((found, gradients)), jax.tree.leaves((expected, expected_gradients))):
+    found, expected = with_gradients(linear_cross_entropy, args, chunk=chunk), with_gradients(reference, args)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-6)
-    loss, nll = ours(*args[:2])  # not differentiated: the other path through the function
-    np.testing.assert_allclose(loss, expected[0], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(nll, expected[1], rtol=1e-5, atol=1e-6)
+    loss, nll = value(*args, chunk=chunk)  # not differentiated: the other path through the function
+    np.testing.assert_allclose(3 * loss, expected[0][0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(nll, expected[0][1], rtol=1e-5, atol=1e-6)
 
 
 def test_unsupervised_positions_may_hold_anything():
     hidden, kernel, targets, weights = example()
-    clean = jax.grad(lambda h, k: linear_cross_entropy(h, k, targets, weights, chunk=4)[0], (0, 1))(hidden, kernel)
+    _, clean = with_gradients(linear_cross_entropy, (hidden, kernel, targets, weights), chunk=4)
     off = weights == 0
     hidden[off], targets[off] = np.nan, -100
-    loss, nll = linear_cross_entropy(hidden, kernel, targets, weights, chunk=4)
-    found = jax.grad(lambda h, k: linear_cross_entropy(h, k, targets, weights, chunk=4)[0], (0, 1))(hidden, kernel)
+    (loss, nll), found = with_gradients(linear_cross_entropy, (hidden, kernel, targets, weights), chunk=4)
     assert np.isfinite(loss) and (np.asarray(nll)[off] == 0).all() and (np.asarray(found[0])[off] == 0).all()
     for one, other in zip(found, clean, strict=True):
         np.testing.assert_array_equal(one, other)
 
 
 def test_bfloat16_hidden_states_with_a_float32_head():
-    hidden, kernel, targets, weights = example()
-    low = jnp.asarray(hidden, jnp.bfloat16)
-    function = jax.value_and_grad(lambda h, k: linear_cross_entropy(h, k, targets, weights)[0], (0, 1))
-    loss, (dhidden, dkernel) = function(low, kernel)
-    expected, (_, expected_dkernel) = function(hidden, kernel)
+    args = example()
+    (expected, _), (_, expected_dkernel) = with_gradients(linear_cross_entropy, args, chunk=4)
+    low = jnp.asarray(args[0], jnp.bfloat16)
+    (loss, _), (dhidden, dkernel) = with_gradients(linear_cross_entropy, (low, *args[1:]), chunk=4)
     assert loss.dtype == jnp.float32 and dhidden.dtype == jnp.bfloat16 and dkernel.dtype == jnp.float32
     np.testing.assert_allclose(loss, expected, rtol=0.01)
     np.testing.assert_allclose(dkernel, expected_dkernel, atol=0.03 * np.abs(expected_dkernel).max())

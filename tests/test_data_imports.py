@@ -20,9 +20,7 @@ def test_data_imports_no_framework(file):
         names += [node.module] if isinstance(node, ast.ImportFrom) else []
         for name in names:
             room = name.split(".")[0]
-            assert room in ALLOWED or name == "jaxvlm.config" or name.startswith("jaxvlm.data"), (
-                f"{file}: {name}"
-            )
+            assert room in ALLOWED or name == "jaxvlm.config" or name.startswith("jaxvlm.data"), f"{file}: {name}"
             assert room != "gguf" or file.name == "tokenizer.py"
 
 

@@ -16,9 +16,7 @@ def llama(tmp_path_factory):
 def test_special_ids_and_bos_rule(tmp_path, llama):
     assert (llama.bos_id, llama.eos_id, llama.pad_id, llama.unk_id) == (1, 2, None, 0)
     assert llama.adds_bos  # the post-processor says so
-    assert not Tokenizer(
-        llama_tokenizer(tmp_path / "a", adds_bos=False)
-    ).adds_bos  # the config says no, and wins
+    assert not Tokenizer(llama_tokenizer(tmp_path / "a", adds_bos=False)).adds_bos  # the config says no, and wins
     chatml = Tokenizer(chatml_tokenizer(tmp_path / "b"))
     assert chatml.bos == "<|im_start|>" and not chatml.adds_bos
     assert (chatml.pad_id, chatml.eos_id) == (2, 2) and chatml.id("<|im_end|>") == 2
@@ -29,9 +27,7 @@ def test_special_tokens_map_is_the_second_place_to_look(tmp_path):
     folder = llama_tokenizer(tmp_path)
     (folder / "tokenizer_config.json").unlink()
     assert Tokenizer(folder).eos_id is None
-    (folder / "special_tokens_map.json").write_text(
-        json.dumps({"bos_token": "<s>", "eos_token": {"content": "</s>"}})
-    )
+    (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": {"content": "</s>"}}))
     assert Tokenizer(folder).eos_id == 2 and Tokenizer(folder).adds_bos
 
 
@@ -49,9 +45,7 @@ def test_encode_matches_the_library_and_decodes_back(llama, text):
 def test_literal_encoding_keeps_the_named_specials_only(tmp_path, scheme):
     tokenizer = Tokenizer(llama_tokenizer(tmp_path, scheme))
     text = "USER: what</s>USER: is </s> this"
-    both, first, plain = tokenizer.encode_batch(
-        [(text, [(10, 14), (23, 27)]), (text, [(10, 14)]), (text, None)]
-    )
+    both, first, plain = tokenizer.encode_batch([(text, [(10, 14), (23, 27)]), (text, [(10, 14)]), (text, None)])
     assert both[0] == plain[0] == tokenizer.encode(text)
     np.testing.assert_array_equal(both[1], plain[1])
     ids, offsets = first

@@ -176,9 +176,7 @@ def test_cache_is_where_the_assets_go(tmp_path, monkeypatch):
 
 
 def test_a_jax_that_does_not_start(monkeypatch):
-    monkeypatch.setattr(
-        doctor, "PROBE", "import sys; print('RuntimeError: the reason', file=sys.stderr); sys.exit(3)"
-    )
+    monkeypatch.setattr(doctor, "PROBE", "import sys; print('RuntimeError: the reason', file=sys.stderr); sys.exit(3)")
     assert doctor._start_jax() == (None, [], "RuntimeError: the reason")
     monkeypatch.setattr(doctor, "PROBE", "import os; os.abort()")
     backend, _, error = doctor._start_jax()

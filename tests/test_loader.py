@@ -11,7 +11,9 @@ from PIL import Image
 from jaxvlm.config import DataConfig, PromptConfig, SourceConfig, VisionConfig
 from jaxvlm.data import DataError
 from jaxvlm.data.image import load_image, transform
-from jaxvlm.data.loader import Loader
+from jaxvlm.data.loader import Loader, epoch_rows
+from jaxvlm.data.packing import plan
+from jaxvlm.data.rows import Samples
 
 VISION = VisionConfig(image_size=28, patch_size=14)  # 4 visual tokens
 KEYS = {"tokens", "visual_index", "positions", "segment_ids", "targets", "loss_weights", "source_ids"}
@@ -28,8 +30,7 @@ def folder(tmp_path_factory):
         pixels = rng.integers(0, 256, (20 + i, 30, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / "images" / f"{i}.png")
     with_images = [
-        record(f"<image>\nquestion {i}?", "answer " * (1 + i % 7), id=f"a{i}", image=f"{i % 8}.png")
-        for i in range(24)
+        record(f"<image>\nquestion {i}?", "answer " * (1 + i % 7), id=f"a{i}", image=f"{i % 8}.png") for i in range(24)
     ]
     (folder / "a.json").write_text(json.dumps(with_images))
     text = [record(f"text {i}", "yes " * (1 + i % 5), id=i) for i in range(10)]
@@ -118,12 +119,8 @@ def test_resume_at_any_step_is_exact(folder):
 @pytest.mark.parametrize("count", [2, 4])
 def test_hosts_share_the_global_batch(folder, count):
     whole = list(loader(folder, epochs=2).batches())
-    parts = [
-        list(loader(folder, epochs=2, process_index=p, process_count=count).batches()) for p in range(count)
-    ]
-    joined = [
-        {k: np.concatenate([part[k] for part in step]) for k in step[0]} for step in zip(*parts, strict=True)
-    ]
+    parts = [list(loader(folder, epochs=2, process_index=p, process_count=count).batches()) for p in range(count)]
+    joined = [{k: np.concatenate([part[k] for part in step]) for k in step[0]} for step in zip(*parts, strict=True)]
     assert same(joined, whole)
 
 
@@ -148,6 +145,22 @@ def test_epochs_differ_and_fractions_count(folder):
     assert not np.array_equal(one._rows, other._rows) and one.fingerprint != other.fingerprint
 
 
+def test_rows_are_dealt_to_virtual_shards():
+    """Row g is row g // V of shard g % V, and shard v packs permutation[v::V]; for as long as shards have rows."""
+    rng = np.random.default_rng(0)
+    zeros = np.zeros(300, np.int64)
+    samples = Samples(zeros, zeros, rng.integers(5, 60, 300), rng.integers(0, 2, 300), zeros, zeros, zeros)
+    data = DataConfig(packing=True, images_per_row=4, virtual_shards=3)
+    rows = epoch_rows(samples, data, 64, seed=1, epoch=2)
+    np.testing.assert_array_equal(np.sort(np.concatenate(rows)), np.arange(300))
+    order = np.random.default_rng([1, 2]).permutation(300)
+    for shard in range(3):
+        mine = order[shard::3]
+        packed = plan(samples.length[mine], samples.images[mine], 64, 4, [1, 2, shard])
+        for i in (0, 1, 20):
+            np.testing.assert_array_equal(rows[3 * i + shard], mine[packed[i]])
+
+
 def test_the_last_batch_is_padded_with_empty_rows(folder):
     made = loader(folder, data=dict(packing=False), batch_size=10)
     assert made.num_steps == 4
@@ -155,9 +168,7 @@ def test_the_last_batch_is_padded_with_empty_rows(folder):
     empty = last["segment_ids"].max(1) == 0
     assert empty.tolist() == [False] * 4 + [True] * 6
     assert (
-        not last["loss_weights"][empty].any()
-        and not last["tile_mask"][empty].any()
-        and not last["pixels"][empty].any()
+        not last["loss_weights"][empty].any() and not last["tile_mask"][empty].any() and not last["pixels"][empty].any()
     )
 
 
@@ -181,9 +192,7 @@ def test_features_take_the_place_of_pixels(folder, tmp_path):
         np.testing.assert_array_equal(features["tile_mask"], pixels["tile_mask"])
         for row, tile in np.argwhere(features["tile_mask"]):
             image = load_image(paths[int(features["features"][row, tile, 0, 0]) - 1])
-            np.testing.assert_array_equal(
-                pixels["pixels"][row, tile], transform(image, "letterbox", 28, VISION.mean)
-            )
+            np.testing.assert_array_equal(pixels["pixels"][row, tile], transform(image, "letterbox", 28, VISION.mean))
     with pytest.raises(DataError, match="1 image files are missing or empty.*0.png"):
         loader(folder, features=(array, {path: i for path, i in index.items() if "0.png" not in path}))
 
@@ -208,10 +217,7 @@ def test_fraction_takes_a_seeded_part(folder):
     assert loader(folder, fraction=0.5, names="a").stats()["records"] == 12
     double = loader(folder, fraction=2.0, names="a")
     assert double.stats()["records"] == 48 and len(double.image_paths()) == 8
-    assert (
-        loader(folder, fraction=0.5, names="a").fingerprint
-        == loader(folder, fraction=0.5, names="a").fingerprint
-    )
+    assert loader(folder, fraction=0.5, names="a").fingerprint == loader(folder, fraction=0.5, names="a").fingerprint
     with pytest.raises(DataError, match="leaves none"):
         loader(folder, fraction=0.001)
 
@@ -219,11 +225,7 @@ def test_fraction_takes_a_seeded_part(folder):
 def test_sample_and_stats(folder):
     made = loader(folder)
     sample = made.sample(3)
-    assert (
-        sample["id"] == "a3"
-        and sample["images"] == [str(folder / "images" / "3.png")]
-        and sample["source"] == "a"
-    )
+    assert sample["id"] == "a3" and sample["images"] == [str(folder / "images" / "3.png")] and sample["source"] == "a"
     said = [text for text, supervised in sample["text"] if supervised]
     assert said == ["answer answer answer answer</s>"] and ("<image>", False) in sample["text"]
     stats = made.stats()
@@ -253,14 +255,9 @@ def test_bad_records_are_reported_before_the_first_step(folder):
         loader(folder, names=["bad.json"])
     text = str(error.value)
     assert (
-        "1 image files are missing or empty, the first: " in text
-        and "nope.png" in text
-        and "`images` folder" in text
+        "1 image files are missing or empty, the first: " in text and "nope.png" in text and "`images` folder" in text
     )
-    assert (
-        "5 records cannot be used" in text
-        and "bad.json, record number 2: record 'count' has 1 image but 0" in text
-    )
+    assert "5 records cannot be used" in text and "bad.json, record number 2: record 'count' has 1 image but 0" in text
     assert "record 'many' has 4 images, but a row holds 3; raise `images_per_row`" in text
     assert "record 'long' has no supervised token within `length` (128)" in text
     assert "bad_records = 'skip'" in text
@@ -281,20 +278,18 @@ def test_skipped_records_are_listed(folder, tmp_path):
 
 
 def test_a_missing_image_that_arrives_is_used(folder, tmp_path):
-    (tmp_path / "late.json").write_text(
-        json.dumps([record("<image>", "a", image=str(tmp_path / "late.png")), BAD[0]])
-    )
+    (tmp_path / "late.json").write_text(json.dumps([record("<image>", "a", image=str(tmp_path / "late.png")), BAD[0]]))
     options = dict(names=[str(tmp_path / "late.json")], data=dict(bad_records="skip"))
     assert loader(folder, **options).stats()["records"] == 1
+    (tmp_path / "late.png").touch()
+    assert loader(folder, **options).stats()["records"] == 1  # still empty
     Image.new("RGB", (4, 4)).save(tmp_path / "late.png")
     assert loader(folder, **options).stats()["records"] == 2
 
 
 def test_an_image_that_breaks_later_is_left_out_of_the_loss(folder, tmp_path):
     (tmp_path / "cut.png").write_bytes((folder / "images" / "0.png").read_bytes()[:300])
-    (tmp_path / "c.json").write_text(
-        json.dumps([record("<image>", "a", image=str(tmp_path / "cut.png")), BAD[0]])
-    )
+    (tmp_path / "c.json").write_text(json.dumps([record("<image>", "a", image=str(tmp_path / "cut.png")), BAD[0]]))
     options = dict(names=[str(tmp_path / "c.json")], batch_size=1)
     with pytest.raises(DataError, match="cut.png cannot be read"):
         list(loader(folder, **options).batches())
@@ -309,10 +304,7 @@ def test_bad_json_names_the_line(folder, tmp_path):
     (tmp_path / "x.jsonl").write_text(f"{good}\n\n{good[:-2]}\n{good}\n")
     with pytest.raises(DataError, match="x.jsonl, record number 1: line 3 is not JSON: column"):
         loader(folder, names=[str(tmp_path / "x.jsonl")])
-    assert (
-        loader(folder, names=[str(tmp_path / "x.jsonl")], data=dict(bad_records="skip")).stats()["records"]
-        == 2
-    )
+    assert loader(folder, names=[str(tmp_path / "x.jsonl")], data=dict(bad_records="skip")).stats()["records"] == 2
     (tmp_path / "x.json").write_text(f"[{good},\n{good}")
     with pytest.raises(DataError, match="x.json is not JSON: line 2, column .*incomplete download"):
         loader(folder, names=[str(tmp_path / "x.json")])
@@ -329,9 +321,7 @@ def test_bad_json_names_the_line(folder, tmp_path):
 def test_byte_order_mark_and_pretty_lists_are_read(folder, tmp_path):
     (tmp_path / "x.json").write_bytes(b"\xef\xbb\xbf" + json.dumps([record("q", "a")], indent=1).encode())
     assert loader(folder, names=[str(tmp_path / "x.json")]).stats()["records"] == 1
-    (tmp_path / "y.json").write_bytes(
-        b"\xef\xbb\xbf" + json.dumps(record("q", "a")).encode()
-    )  # JSONL by content
+    (tmp_path / "y.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(record("q", "a")).encode())  # JSONL by content
     assert loader(folder, names=[str(tmp_path / "y.json")]).stats()["records"] == 1
 
 

@@ -32,9 +32,7 @@ def test_notebook_is_its_source(notebook):
 def test_notebook_source_holds_no_outputs(notebook):
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            assert not cell.outputs and cell.execution_count is None, (
-                "clear the outputs, then run `make notebook`"
-            )
+            assert not cell.outputs and cell.execution_count is None, "clear the outputs, then run `make notebook`"
 
 
 def with_parameters(notebook: nbformat.NotebookNode, **values: str) -> nbformat.NotebookNode:
@@ -59,9 +57,7 @@ def test_notebook_runs(notebook, tmp_path, monkeypatch):
     (kernels / "kernel.json").write_text(repr(spec).replace("'", '"'))
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
     notebook = with_parameters(notebook, config="configs/quickstart.py:tiny", workdir=str(tmp_path / "run"))
-    NotebookClient(
-        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
-    ).execute()
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
 
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]

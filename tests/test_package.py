@@ -90,9 +90,7 @@ def test_every_dependency_has_a_reason():
 def test_what_is_imported_is_declared(setup_arguments):
     """Every third-party import is a base dependency, or an extra's and inside a function."""
     base = {Requirement(line).name.lower() for line in setup_arguments["install_requires"]}
-    extras = {
-        Requirement(r).name.lower() for group in setup_arguments["extras_require"].values() for r in group
-    }
+    extras = {Requirement(r).name.lower() for group in setup_arguments["extras_require"].values() for r in group}
     for path in sorted((ROOT / "jaxvlm").rglob("*.py")):
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
@@ -101,9 +99,7 @@ def test_what_is_imported_is_declared(setup_arguments):
             for name in {name.split(".")[0] for name in names} - {"jaxvlm", "pip"} - sys.stdlib_module_names:
                 package = IMPORT_NAMES.get(name, name).lower()
                 fine = package in base or node not in tree.body and package in extras
-                assert fine or name == "ml_dtypes", (
-                    f"{path}:{node.lineno}: {name} is not declared in setup.py"
-                )
+                assert fine or name == "ml_dtypes", f"{path}:{node.lineno}: {name} is not declared in setup.py"
 
 
 def test_packages_are_all_found(setup_arguments):
@@ -153,9 +149,7 @@ class TestLocalLauncher:
         return subprocess.run([*self.COMMAND, *arguments], capture_output=True, text=True, timeout=120)
 
     def test_dry_run(self):
-        done = self.launch(
-            "--processes", "2", "--devices", "3", "--port", "777", "--dry-run", "--", "python", "a b"
-        )
+        done = self.launch("--processes", "2", "--devices", "3", "--port", "777", "--dry-run", "--", "python", "a b")
         first, second = done.stdout.splitlines()
         assert "JAX_NUM_CPU_DEVICES=3" in first and "JAXVLM_PROCESS_ID=0" in first
         assert "JAX_COORDINATOR_ADDRESS=127.0.0.1:777" in second and "JAXVLM_PROCESS_ID=1" in second

@@ -30,9 +30,7 @@ def test_order_depends_on_the_seed_and_rows_are_well_filled():
     assert lengths.sum() / (len(rows) * 1024) > 0.97
     other = plan(lengths, images, 1024, 16, 1)
     assert not np.array_equal(rows[0], other[0])
-    assert (
-        max(len(row) for row in plan(np.ones(100), np.ones(100), 1000, 4, 0)) == 4
-    )  # images bound a row too
+    assert max(len(row) for row in plan(np.ones(100), np.ones(100), 1000, 4, 0)) == 4  # images bound a row too
 
 
 def test_too_large_a_sample_is_named():
@@ -66,6 +64,4 @@ def test_assembled_row():
 
 def test_empty_row():
     row = assemble([], 4, 2)
-    assert (
-        not row["segment_ids"].any() and not row["loss_weights"].any() and (row["visual_index"] == -1).all()
-    )
+    assert not row["segment_ids"].any() and not row["loss_weights"].any() and (row["visual_index"] == -1).all()

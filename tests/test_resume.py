@@ -84,7 +84,10 @@ def test_killed_runs_end_in_the_same_parameters(config_file, uninterrupted, tmp_
     assert ours.keys() == expected.keys()
     for path, leaf in expected.items():
         np.testing.assert_array_equal(ours[path], leaf, err_msg=path)
-    losses = [[(e["stage"], e["step"], e["loss"]) for e in read_metrics(w / "metrics.jsonl")] for w in (workdir, uninterrupted)]
+    losses = [
+        [(e["stage"], e["step"], e["loss"]) for e in read_metrics(w / "metrics.jsonl")]
+        for w in (workdir, uninterrupted)
+    ]
     assert losses[0] == losses[1]
 
 

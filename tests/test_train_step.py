@@ -98,7 +98,9 @@ def test_accumulation_equals_the_whole_batch(world):
         assert_trees_close(params, whole, 1e-5)
 
 
-@pytest.mark.parametrize("trainable", [("connector/.*",), ("connector/.*", "llm/.*"), ("connector/.*", "llm/.*lora_.*")])
+@pytest.mark.parametrize(
+    "trainable", [("connector/.*",), ("connector/.*", "llm/.*"), ("connector/.*", "llm/.*lora_.*")]
+)
 @pytest.mark.parametrize("axes", [dict(fsdp=8), dict(fsdp=2, tensor=4), dict(data=2, fsdp=2, tensor=2)])
 def test_eight_devices_equal_one(world, one_device, trainable, axes):
     world = dataclasses.replace(world, model=tiny.model_config(lora=2 if "lora" in trainable[-1] else 0))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from weights_helpers import saved  # noqa: F401  (a fixture)
+from weights_helpers import saver
 
 from jaxvlm.config import ConnectorConfig, LoRAConfig, ModelConfig, PromptConfig, VisionConfig
 from jaxvlm.data.conversation import TEMPLATES
@@ -17,6 +17,11 @@ from jaxvlm.weights.hf_files import CHAT, chat_template
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    return saver(tmp_path_factory)
 
 
 def tokenizer_folder(path, image=True, size=60):
@@ -54,7 +59,7 @@ def assert_same(a, b):
 
 
 @pytest.mark.parametrize("kind", ["llava", "llava_siglip"])
-def test_round_trip_and_transformers(saved, tmp_path, kind):  # noqa: F811
+def test_round_trip_and_transformers(saved, tmp_path, kind):
     folder, tensors = saved(kind)
     config, params = import_model(folder)
     prompt = PromptConfig(tokenizer=str(tokenizer_folder(tmp_path / "tok")), transform="letterbox")
@@ -80,7 +85,7 @@ def test_round_trip_and_transformers(saved, tmp_path, kind):  # noqa: F811
     assert torch.equal(a, b)
 
 
-def test_files_of_the_folder(saved, tmp_path):  # noqa: F811
+def test_files_of_the_folder(saved, tmp_path):
     config, params = import_model(saved("llava")[0])
     source = tokenizer_folder(tmp_path / "tok")
     out = export_llava_hf(params, config, PromptConfig(tokenizer=str(source)), tmp_path / "model", dtype="bfloat16")
@@ -101,7 +106,7 @@ def test_files_of_the_folder(saved, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize(("size", "rows"), [(60, 64), (64, 128)])
-def test_a_tokenizer_without_image_gets_it(saved, tmp_path, size, rows):  # noqa: F811
+def test_a_tokenizer_without_image_gets_it(saved, tmp_path, size, rows):
     config, params = import_model(saved("llava")[0])
     source = tokenizer_folder(tmp_path / "tok", image=False, size=size)
     out = export_llava_hf(params, config, PromptConfig(tokenizer=str(source)), tmp_path / "model")
@@ -115,7 +120,7 @@ def test_a_tokenizer_without_image_gets_it(saved, tmp_path, size, rows):  # noqa
     assert tokenizer.convert_tokens_to_ids("<image>") == size and tokenizer("w1 <image>").input_ids[-1] == size
 
 
-def test_adapters_are_merged(saved, tmp_path):  # noqa: F811
+def test_adapters_are_merged(saved, tmp_path):
     config, params = import_model(saved("llava")[0])
     config = dataclasses.replace(config, llm=dataclasses.replace(config.llm, lora=LoRAConfig(2, 4.0, ("q",))))
     rng = np.random.default_rng(0)
@@ -141,7 +146,7 @@ def test_towers_without_a_class_are_refused(tmp_path):
         export_llava_hf({}, ModelConfig(vision=dino), PromptConfig(), tmp_path / "model")
 
 
-def test_nothing_is_left_behind_by_a_failed_export(saved, tmp_path):  # noqa: F811
+def test_nothing_is_left_behind_by_a_failed_export(saved, tmp_path):
     config, params = import_model(saved("llava")[0])
     with pytest.raises(WeightsError, match="not a folder with a tokenizer.json"):
         export_llava_hf(params, config, PromptConfig(tokenizer=str(tmp_path / "none")), tmp_path / "model")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from weights_helpers import TEXT, saved, write_gguf  # noqa: F401  (saved is a fixture)
+from weights_helpers import TEXT, saver, write_gguf
 
 from jaxvlm.config import LoRAConfig, ModelConfig, VisionConfig
 from jaxvlm.models.vlm import abstract_params
@@ -19,6 +19,12 @@ from jaxvlm.weights import ImportReport, WeightsError, config_from, import_model
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    return saver(tmp_path_factory)
+
 
 def expected_vit(w, prefix, names, heads, layers):
     """Our tree, written out by hand from torch's conventions."""
@@ -43,7 +49,12 @@ def expected_vit(w, prefix, names, heads, layers):
     return out
 
 
-CLIP_NAMES = [f"self_attn.{n}_proj" for n in ("q", "k", "v", "out")] + ["layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2"]
+CLIP_NAMES = [f"self_attn.{n}_proj" for n in ("q", "k", "v", "out")] + [
+    "layer_norm1",
+    "layer_norm2",
+    "mlp.fc1",
+    "mlp.fc2",
+]
 DINO_NAMES = [f"attention.attention.{n}" for n in ("query", "key", "value")]
 DINO_NAMES += ["attention.output.dense", "norm1", "norm2", "mlp.fc1", "mlp.fc2"]
 
@@ -124,9 +135,7 @@ def test_feature_norm_and_last_layer(saved):
 
 
 def test_dtype_by_path(saved):
-    params = import_part(
-        saved("llama")[0], "llm", dtype=lambda path: jnp.float32 if "norm" in path else jnp.bfloat16
-    )
+    params = import_part(saved("llama")[0], "llm", dtype=lambda path: jnp.float32 if "norm" in path else jnp.bfloat16)
     assert params["final_norm"]["scale"].dtype == jnp.float32
     assert params["layers"]["attn"]["q"]["kernel"].dtype == jnp.bfloat16
 
@@ -200,13 +209,23 @@ NAMES = (("0", "linear_1"), ("2", "linear_2"))
 def test_defaults_left_out_of_config_json(tmp_path):
     config = {
         "model_type": "llava",
-        "text_config": {"model_type": "llama", "vocab_size": 32064, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
+        "text_config": {
+            "model_type": "llama",
+            "vocab_size": 32064,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 4096,
+        },
         "rope_scaling": None,
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     part, model = config_from(tmp_path)
     assert part == "model" and model.vision == VisionConfig()  # CLIP ViT-L/14 at 336
-    assert (model.llm.width, model.llm.mlp_dim, model.llm.vocab_size, model.llm.num_kv_heads) == (4096, 11008, 32064, 32)
+    assert (model.llm.width, model.llm.mlp_dim, model.llm.vocab_size, model.llm.num_kv_heads) == (
+        4096,
+        11008,
+        32064,
+        32,
+    )
     theirs = transformers.LlavaConfig.from_pretrained(tmp_path)
     assert theirs.vision_config.num_hidden_layers == 24 and theirs.text_config.head_dim == model.llm.head_dim
 
@@ -274,7 +293,10 @@ def test_every_missing_and_unknown_name_is_listed(saved, tmp_path):
         import_part(tmp_path, "llm")
     text = str(error.value)
     assert "Missing from the file, 2:" in text and "In the file but unknown, 3:" in text
-    assert "layers.1.mlp.up_proj.weight, for llm/layers/mlp/up/kernel (nearest: model.layers.1.mlp.up_projj.weight)" in text
+    assert (
+        "layers.1.mlp.up_proj.weight, for llm/layers/mlp/up/kernel (nearest: model.layers.1.mlp.up_projj.weight)"
+        in text
+    )
     assert "model.layers.1.mlp.up_projj.weight (nearest: layers.1.mlp.up_proj.weight)" in text
     assert "model.layers.0.mlp.gate_proj.weight is [40, 32], llm/layers/mlp/gate/kernel needs [48, 32]" in text
 
@@ -327,7 +349,10 @@ def test_gguf_llama(saved, tmp_path):
     meta = {"context_length": 128, "embedding_length": width, "block_count": depth, "feed_forward_length": mlp}
     meta |= {"attention.head_count": heads, "attention.head_count_kv": kv_heads, "rope.dimension_count": head}
     pairs = [("add_uint32", f"llama.{key}", value) for key, value in meta.items()]
-    pairs += [("add_float32", "llama.attention.layer_norm_rms_epsilon", 1e-5), ("add_float32", "llama.rope.freq_base", 1e5)]
+    pairs += [
+        ("add_float32", "llama.attention.layer_norm_rms_epsilon", 1e-5),
+        ("add_float32", "llama.rope.freq_base", 1e5),
+    ]
     path = tmp_path / "model.gguf"
     write_gguf(path, tensors, pairs)
 

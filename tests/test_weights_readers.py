@@ -48,9 +48,7 @@ def test_torch_file_equals_torch_load(tmp_path, zipped):
         got = source.read(name)
         assert source.shape(name) == tuple(tensor.shape) == got.shape
         np.testing.assert_array_equal(got.astype(np.float64), tensor.double().numpy())
-    np.testing.assert_array_equal(
-        source.read("strided", (slice(1, 3), slice(0, 2))), state["strided"][1:3, :2].numpy()
-    )
+    np.testing.assert_array_equal(source.read("strided", (slice(1, 3), slice(0, 2))), state["strided"][1:3, :2].numpy())
 
 
 def test_torch_file_unwraps_a_training_checkpoint(tmp_path):
@@ -196,7 +194,13 @@ def test_nothing_to_read(tmp_path):
         open_source(tmp_path)
 
 
-AXES = ["(H h) D -> D H h", "D (H h) -> H h D", "(H half two) D -> D H (two half)", "D C p q -> p q C D", "1 N D -> N D"]
+AXES = [
+    "(H h) D -> D H h",
+    "D (H h) -> H h D",
+    "(H half two) D -> D H (two half)",
+    "D C p q -> p q C D",
+    "1 N D -> N D",
+]
 
 
 @settings(max_examples=60, deadline=None)

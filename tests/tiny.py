@@ -33,9 +33,7 @@ def model_config(**changes) -> ModelConfig:
     """CLIP-shaped tower of 4 tokens and a Llama-shaped decoder, float32."""
     lora = LoRAConfig(rank=changes.pop("lora", 0), alpha=8.0)
     vision = VisionConfig(image_size=28, patch_size=14, width=32, depth=3, num_heads=4, mlp_dim=64)
-    llm = LLMConfig(
-        vocab_size=512, width=64, depth=2, num_heads=4, num_kv_heads=4, head_dim=16, mlp_dim=128, lora=lora
-    )
+    llm = LLMConfig(vocab_size=512, width=64, depth=2, num_heads=4, num_kv_heads=4, head_dim=16, mlp_dim=128, lora=lora)
     values = dict(vision=vision, connector=ConnectorConfig(), llm=llm, dtype="float32", remat="none")
     return ModelConfig(**(values | changes))
 

@@ -1,7 +1,5 @@
 """Tiny checkpoints as other programs write them."""
 
-import pytest
-
 VISION = {
     "hidden_size": 24,
     "intermediate_size": 40,
@@ -56,8 +54,7 @@ def make(kind):
     return model
 
 
-@pytest.fixture(scope="session")
-def saved(tmp_path_factory):
+def saver(tmp_path_factory):
     """saved(kind) -> (folder, its tensors by their names on disk); each kind is made once."""
     from safetensors.numpy import load_file
 

@@ -174,9 +174,7 @@ def render(
         for role, text in turns:
             for _ in range(text.count(IMAGE_MARK) if role == "user" else 0):
                 out.image()
-        turns = [
-            (role, (text.replace(IMAGE_MARK, "") if role == "user" else text).strip()) for role, text in turns
-        ]
+        turns = [(role, (text.replace(IMAGE_MARK, "") if role == "user" else text).strip()) for role, text in turns]
     if system and not style.system_inside:
         _system(out, style, system)
     for i, (role, text) in enumerate(turns):
@@ -241,9 +239,7 @@ def _turns(
     system = style.system
     if turns[0][0] == "system":
         if style.system_format is None:
-            raise DataError(
-                f"{name}: the template {template!r} has no place for a system prompt; remove that turn."
-            )
+            raise DataError(f"{name}: the template {template!r} has no place for a system prompt; remove that turn.")
         system, turns = turns[0][1], turns[1:]
     if turns and turns[0][0] == "assistant":
         turns = turns[1:]
@@ -272,9 +268,7 @@ def check_template(tokenizer: Tokenizer, template: str) -> None:
         token = tokenizer.eos if token == "{eos}" else token
         if token not in tokenizer.special_tokens:
             fits = [
-                n
-                for n, t in TEMPLATES.items()
-                if all(s in {*tokenizer.special_tokens, "{eos}"} for s in t.specials)
+                n for n, t in TEMPLATES.items() if all(s in {*tokenizer.special_tokens, "{eos}"} for s in t.specials)
             ]
             what = f"special token {token!r}" if token else "end-of-sequence token"
             raise DataError(
@@ -295,9 +289,7 @@ def record_images(record: dict) -> list[str]:
     images = record.get("image") or []
     images = [images] if isinstance(images, str) else images
     if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
-        raise DataError(
-            f"record {record.get('id')!r}: 'image' must be a file name or a list of them, not {images!r}."
-        )
+        raise DataError(f"record {record.get('id')!r}: 'image' must be a file name or a list of them, not {images!r}.")
     return images
 
 
@@ -336,9 +328,7 @@ def _render_record(record: dict, tokenizer: Tokenizer, template: str, layout: st
         raise DataError(f"a record must be an object with 'conversations', not {str(record)[:60]!r}.")
     name = f"record {record.get('id')!r}"
     if "conversations" not in record:
-        raise DataError(
-            f"{name} has no 'conversations'; its keys are {', '.join(map(repr, record)) or 'none'}."
-        )
+        raise DataError(f"{name} has no 'conversations'; its keys are {', '.join(map(repr, record)) or 'none'}.")
     rendered = render(record["conversations"], template, layout=layout, eos=tokenizer.eos, name=name)
     images, marks = len(record_images(record)), len(rendered.image_marks)
     if marks != images:
@@ -355,9 +345,7 @@ def _last_role(conversations: Sequence[dict]) -> str:
     return conversations[-1].get("from", conversations[-1].get("role"))
 
 
-def prompt(
-    messages: Sequence[dict], tokenizer: Tokenizer, template: str, layout: str = "llava"
-) -> np.ndarray:
+def prompt(messages: Sequence[dict], tokenizer: Tokenizer, template: str, layout: str = "llava") -> np.ndarray:
     """Chat messages as int32 tokens (IMAGE_TOKEN for each image), ending where the assistant's answer begins.
 
     `messages` are `{"role": "user" | "assistant", "content": str}`, the last by the user; a first one by
@@ -384,9 +372,7 @@ def _tokenize(rendered: Sequence[Rendered], tokenizer: Tokenizer) -> list[Encode
     return [_labelled(one, tokenizer, tokenized, starts) for one in rendered]
 
 
-def _labelled(
-    rendered: Rendered, tokenizer: Tokenizer, tokenized: Iterator, starts: Iterator[int]
-) -> Encoded:
+def _labelled(rendered: Rendered, tokenizer: Tokenizer, tokenized: Iterator, starts: Iterator[int]) -> Encoded:
     """Takes the text's chunks from the iterators and joins them: BOS once, IMAGE_TOKEN between chunks."""
     ids: list[int] = []
     unsupervised = np.zeros(1, np.float32)

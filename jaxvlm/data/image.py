@@ -46,9 +46,7 @@ def load_image(source: ImageSource, name: str | None = None) -> Image.Image:
         raise DataError(f"{name} does not exist.") from error
     except Image.DecompressionBombError as error:
         raise DataError(_too_large(name, "")) from error
-    except (
-        Exception
-    ) as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, EOFError, struct.error and more
+    except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, EOFError, struct.error and more
         raise DataError(
             f"{name} cannot be read as an image: {error}. Replace the file or leave its records out."
         ) from error
@@ -79,9 +77,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     image.load()
     try:
         image = ImageOps.exif_transpose(image)
-    except (
-        Exception
-    ):  # malformed EXIF is common in photographs that are fine otherwise: they stay as they are
+    except Exception:  # malformed EXIF is common in photographs that are fine otherwise: they stay as they are
         pass
     if image.mode.startswith("I") or image.mode == "F":
         image = Image.fromarray(_eight_bits(np.asarray(image)))

@@ -82,9 +82,7 @@ def splice(
     return Spliced(tokens, visual_index, targets, next_weights, num_images, total - num_images, truncated)
 
 
-def _images_first(
-    tokens: np.ndarray, weights: np.ndarray, bos_id: int | None
-) -> tuple[np.ndarray, np.ndarray]:
+def _images_first(tokens: np.ndarray, weights: np.ndarray, bos_id: int | None) -> tuple[np.ndarray, np.ndarray]:
     is_image = tokens == IMAGE_TOKEN
     order = np.argsort(~is_image, kind="stable")
     if len(tokens) and bos_id is not None and tokens[0] == bos_id:
@@ -96,9 +94,7 @@ def _kept(is_image: np.ndarray, counts: np.ndarray, length: int, truncation: str
     """How many of the unspliced tokens stay; None when the whole sequence goes."""
     if truncation == "before_splice":
         if length <= visual:
-            raise DataError(
-                f"length {length} leaves no room for text beside {visual} visual tokens; raise `length`."
-            )
+            raise DataError(f"length {length} leaves no room for text beside {visual} visual tokens; raise `length`.")
         ends = np.cumsum(~is_image)
         limit = length - visual
     elif truncation in TRUNCATIONS:
@@ -113,8 +109,7 @@ def _kept(is_image: np.ndarray, counts: np.ndarray, length: int, truncation: str
         return None
     if truncation == "error":
         raise DataError(
-            f"the sequence has {ends[-1]} tokens but `length` is {length}; raise it,"
-            " or choose another `truncation`."
+            f"the sequence has {ends[-1]} tokens but `length` is {length}; raise it, or choose another `truncation`."
         )
     while keep and is_image[keep - 1]:
         keep -= 1

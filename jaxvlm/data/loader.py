@@ -83,9 +83,7 @@ class Loader:
         self.skipped_path = _report(skipped, data, skipped_path or default, write=process_index == 0)
         self._skipped = skipped
         if not len(self._samples.source):
-            raise DataError(
-                f"No usable record is left in {', '.join(source.path for source in data.sources)}."
-            )
+            raise DataError(f"No usable record is left in {', '.join(source.path for source in data.sources)}.")
 
         packing = [data.packing, data.virtual_shards, data.images_per_row]
         settings = [packing, splicing, pixels, vision.image_size, vision.mean]
@@ -120,15 +118,11 @@ class Loader:
         make = functools.partial(_step_batch, self._reader, self.batch_size, first, rows)
         data = grain.MapDataset.range(start_step, self.num_steps).map(make)
         threads = max(1, self.data.num_threads)
-        stream = data.to_iter_dataset(
-            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-        )
+        stream = data.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
         if self.data.num_workers:
             from absl import flags
 
-            if (
-                not flags.FLAGS.is_parsed()
-            ):  # grain's workers need parsed absl flags, which only absl.app.run gives
+            if not flags.FLAGS.is_parsed():  # grain's workers need parsed absl flags, which only absl.app.run gives
                 flags.FLAGS.mark_as_parsed()
             stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=self.data.num_workers))
         iterator = iter(stream)
@@ -145,9 +139,7 @@ class Loader:
         for i, folder in enumerate(self._tables):
             table = open_table(folder)
             used = {
-                int(n)
-                for row in self._samples.row[self._samples.source == i]
-                for n in table_images(table, int(row))
+                int(n) for row in self._samples.row[self._samples.source == i] for n in table_images(table, int(row))
             }
             paths |= {image_path(self.data.sources[i].images, table.image_names[n]) for n in used}
         return sorted(paths)
@@ -163,9 +155,7 @@ class Loader:
             "id": table.ids[row],
             "source": config.name or config.path,
             "record": number,
-            "images": [
-                image_path(config.images, table.image_names[int(n)]) for n in table_images(table, row)
-            ],
+            "images": [image_path(config.images, table.image_names[int(n)]) for n in table_images(table, row)],
             "text": table_text(table, row, self.tokenizer),
             "tokens": int(table.lengths[row]),
         }
@@ -234,9 +224,7 @@ def epoch_rows(samples: Samples, data: DataConfig, length: int, seed: int, epoch
     queues = []
     for v in range(shards):
         mine = order[v::shards]
-        planned = plan(
-            samples.length[mine], samples.images[mine], length, data.images_per_row, [seed, epoch, v]
-        )
+        planned = plan(samples.length[mine], samples.images[mine], length, data.images_per_row, [seed, epoch, v])
         queues.append([mine[row] for row in planned])
     return [queue[i] for i in range(max(map(len, queues))) for queue in queues if i < len(queue)]
 
@@ -305,9 +293,6 @@ def _report(skipped: list[dict], data: DataConfig, path: str | os.PathLike, writ
     others = [record for record in skipped if "image" not in record]
     if others:
         lines.append(f"{len(others)} records cannot be used, the first:")
-        lines += [
-            f"  {record['file']}, record number {record['record']}: {record['reason']}"
-            for record in others[:5]
-        ]
+        lines += [f"  {record['file']}, record number {record['record']}: {record['reason']}" for record in others[:5]]
     lines.append("bad_records = 'skip' in the stage's data leaves such records out and lists them in a file.")
     raise DataError("\n".join(lines))

@@ -40,9 +40,7 @@ def plan(
     slots = np.zeros(OPEN_ROWS, np.int64)  # which row is being filled in each slot
     tokens_left = np.full(OPEN_ROWS, -1, np.int64)  # -1: the slot is free
     images_left = np.zeros(OPEN_ROWS, np.int64)
-    for i, tokens, images in zip(
-        order.tolist(), lengths[order].tolist(), num_images[order].tolist(), strict=True
-    ):
+    for i, tokens, images in zip(order.tolist(), lengths[order].tolist(), num_images[order].tolist(), strict=True):
         room = np.where((tokens_left >= tokens) & (images_left >= images), tokens_left, row_length + 1)
         slot = int(room.argmin())
         if room[slot] > row_length:  # none has room: open a row in a free slot, or in place of the fullest
@@ -86,9 +84,7 @@ def assemble(
         row["positions"][part] = np.arange(len(sample.tokens))
         row["segment_ids"][part] = segment
         row["targets"][part] = sample.targets
-        row["loss_weights"][part] = (
-            sample.weights
-        )  # 0 at the last token, so no target crosses into the next one
+        row["loss_weights"][part] = sample.weights  # 0 at the last token, so no target crosses into the next one
         row["source_ids"][part] = source_ids[segment - 1] if source_ids else 0
         start, tile = part.stop, tile + sample.num_images
     return row

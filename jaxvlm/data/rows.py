@@ -70,9 +70,7 @@ class RowReader:
         chosen = self.rows[self.row_offsets[row] : self.row_offsets[row + 1]] if inside else []
         places = [(int(self.samples.source[i]), int(self.samples.row[i])) for i in chosen]
         tables = [open_table(self.tables[source]) for source, _ in places]
-        parts = [
-            splice(table_encoded(t, row), **self.splicing) for t, (_, row) in zip(tables, places, strict=True)
-        ]
+        parts = [splice(table_encoded(t, row), **self.splicing) for t, (_, row) in zip(tables, places, strict=True)]
         patches, pad_id = self.splicing["num_visual_tokens"], self.splicing["pad_id"]
         sources = [source for source, _ in places]
         arrays = assemble(parts, self.splicing["length"], patches, source_ids=sources, pad_id=pad_id)
@@ -85,9 +83,7 @@ class RowReader:
             arrays |= self._tiles(images, arrays)
         return arrays
 
-    def _tiles(
-        self, images: list[tuple[int, int, int]], arrays: dict[str, np.ndarray]
-    ) -> dict[str, np.ndarray]:
+    def _tiles(self, images: list[tuple[int, int, int]], arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The tile slots of a row: 'pixels' [T, H, W, 3] or 'features' [T, N, Dv], and 'tile_mask' [T]."""
         slots = self.splicing["images_per_row"]
         mask = np.arange(slots) < len(images)

@@ -28,9 +28,7 @@ def read_records(path: str | os.PathLike) -> Sequence[dict]:
         with open(path, "rb") as file:
             first = file.read(65536).removeprefix(b"\xef\xbb\xbf").strip()[:1]
     except OSError as error:
-        raise DataError(
-            f"The data file {path} cannot be read: {error.strerror}. Check the source's `path`."
-        ) from error
+        raise DataError(f"The data file {path} cannot be read: {error.strerror}. Check the source's `path`.") from error
     if not first:
         raise DataError(f"The data file {path} is empty.")
     return Jsonl(path) if first == b"{" or (first != b"[" and path.suffix == ".jsonl") else _read_list(path)
@@ -78,8 +76,7 @@ class Jsonl(Sequence):
             return json.loads(self._file.readline().decode("utf-8-sig"))
         except json.JSONDecodeError as error:
             raise DataError(
-                f"line {self.lines[i]} is not JSON: column {error.colno}: {error.msg}."
-                " Each line must be one record."
+                f"line {self.lines[i]} is not JSON: column {error.colno}: {error.msg}. Each line must be one record."
             ) from error
         except UnicodeDecodeError as error:
             raise DataError(f"line {self.lines[i]} is not UTF-8; convert the file to UTF-8.") from error
@@ -98,9 +95,7 @@ def select(count: int, fraction: float, seed: int | Sequence[int]) -> np.ndarray
     rest = np.random.default_rng(seed).permutation(count)[: round(part * count)]
     indices = np.sort(np.concatenate([np.tile(np.arange(count), int(max(whole, 0))), rest]))
     if fraction <= 0 or not len(indices):
-        raise DataError(
-            f"fraction {fraction} of {count} records leaves none; it must be positive and large enough."
-        )
+        raise DataError(f"fraction {fraction} of {count} records leaves none; it must be positive and large enough.")
     return indices
 
 

@@ -30,9 +30,7 @@ VERSION = 1  # raise it when the same records would give other arrays
 CHUNK = 512  # records tokenised in one call
 
 
-def splice_settings(
-    prompt: PromptConfig, tokenizer: Tokenizer, num_visual_tokens: int, images_per_row: int
-) -> dict:
+def splice_settings(prompt: PromptConfig, tokenizer: Tokenizer, num_visual_tokens: int, images_per_row: int) -> dict:
     """The arguments of `splice` for planning and assembling. Raises `DataError` if they are unusable."""
     settings = {
         "num_visual_tokens": num_visual_tokens,
@@ -43,9 +41,7 @@ def splice_settings(
         "bos_id": tokenizer.bos_id if tokenizer.adds_bos else None,
         "pad_id": tokenizer.pad_id or 0,
     }
-    splice(
-        Encoded(np.zeros(0, np.int32), np.zeros(0, np.float32)), **settings
-    )  # raises for unusable settings
+    splice(Encoded(np.zeros(0, np.int32), np.zeros(0, np.float32)), **settings)  # raises for unusable settings
     return settings
 
 
@@ -64,9 +60,7 @@ def cached_table(
     try:
         stat = os.stat(source.path)
     except OSError as error:
-        raise DataError(
-            f"The data file {source.path!r} does not exist. Check the source's `path`."
-        ) from error
+        raise DataError(f"The data file {source.path!r} does not exist. Check the source's `path`.") from error
     whole = float(source.fraction).is_integer()
     key = [VERSION, os.path.abspath(source.path), stat.st_size, stat.st_mtime_ns, template, splicing]
     key += [tokenizer.fingerprint_text, source.fraction, None if whole else list(seed)]
@@ -99,9 +93,7 @@ def _encode_records(source, template, splicing, tokenizer, seed, log) -> tuple[d
             ids.append(record.get("id"))
             tokens.append(one.tokens)
             supervised.append(one.weights > 0)
-            images.append(
-                [names.setdefault(name, len(names)) for name in record_images(record)[: spliced.num_images]]
-            )
+            images.append([names.setdefault(name, len(names)) for name in record_images(record)[: spliced.num_images]])
             scored = int((spliced.weights > 0).sum())
             cut = (spliced.dropped_images, spliced.truncated)
             rows.append((number, copies[k], len(spliced.tokens), scored, *cut))
@@ -148,9 +140,7 @@ def _usable(record: dict | DataError, encoded: Encoded | DataError, splicing: di
             f"{name} has no supervised token within `length` ({length}); raise it, or leave the record out."
         )
     if spliced.num_images > limit:
-        raise DataError(
-            f"{name} has {spliced.num_images} images, but a row holds {limit}; raise `images_per_row`."
-        )
+        raise DataError(f"{name} has {spliced.num_images} images, but a row holds {limit}; raise `images_per_row`.")
     return spliced
 
 
@@ -169,8 +159,7 @@ def _write(folder: Path, arrays: dict, bad: list[dict], meta: dict) -> None:
         new = Path(tempfile.mkdtemp(prefix=".new-", dir=folder.parent))
     except OSError as error:
         raise DataError(
-            f"The cache {folder.parent} cannot be written: {error.strerror}."
-            " Set JAXVLM_CACHE to a folder that can be."
+            f"The cache {folder.parent} cannot be written: {error.strerror}. Set JAXVLM_CACHE to a folder that can be."
         ) from error
     digest = hashlib.sha256(json.dumps(meta).encode())
     for name, array in sorted(arrays.items()):

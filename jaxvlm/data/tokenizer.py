@@ -163,9 +163,7 @@ def _special_settings(folder: Path) -> dict:
         file = folder / name
         if file.is_file():
             try:
-                settings |= {
-                    key: value for key, value in json.loads(_read(file)).items() if value is not None
-                }
+                settings |= {key: value for key, value in json.loads(_read(file)).items() if value is not None}
             except (json.JSONDecodeError, AttributeError) as error:
                 raise DataError(f"{file} is not a JSON object: {error}") from error
     return settings
@@ -210,10 +208,6 @@ def tokenizer_from_gguf(gguf_path: str | os.PathLike) -> tokenizers.Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     control = 3  # GGUF's token type of special tokens
     tokenizer.add_special_tokens(
-        [
-            AddedToken(t, special=True, normalized=False)
-            for t, k in zip(tokens, kinds, strict=True)
-            if k == control
-        ]
+        [AddedToken(t, special=True, normalized=False) for t, k in zip(tokens, kinds, strict=True) if k == control]
     )
     return tokenizer

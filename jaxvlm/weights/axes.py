@@ -1,7 +1,8 @@
 """One-line descriptions of how a tensor is laid out in a file and in our tree, usable in both directions.
 
-`"(H h) D -> D H h"` reads: the file holds a matrix whose rows are H heads of h; ours is `[D, H, h]`. The names carry sizes,
-so the same line also says which shape the file must have. A `1` stands for an axis of size one that ours does not have.
+`"(H h) D -> D H h"` reads: the file holds a matrix whose rows are H heads of h; ours is `[D, H, h]`. The names carry
+sizes, so the same line also says which shape the file must have. A `1` stands for an axis of size one that ours does
+not have.
 """
 
 from __future__ import annotations

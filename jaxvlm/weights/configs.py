@@ -1,7 +1,7 @@
 """What a checkpoint says about the model inside it: `config.json` of Hugging Face, GGUF metadata, or its tensor names.
 
-transformers leaves out of a `config.json` whatever equals its class's defaults, so those defaults are part of the format
-and stand here as data (transformers 5.23, `configuration_*.py`).
+transformers leaves out of a `config.json` whatever equals its class's defaults, so those defaults are part of the
+format and stand here as data (transformers 5.23, `configuration_*.py`).
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ NORMALISATION = {
 def config_from(path: str | Path) -> tuple[str, VisionConfig | LLMConfig | ModelConfig]:
     """(part, its configuration) of the checkpoint at `path`; part is 'vision', 'llm' or 'model' (a whole VLM).
 
-    A tower alone gets LLaVA's choice of features (the patches of the last layer but one); use `dataclasses.replace` for another.
-    Raises `WeightsError` for a model that the package does not have, naming what about it.
+    A tower alone gets LLaVA's choice of features (the patches of the last layer but one); use `dataclasses.replace`
+    for another. Raises `WeightsError` for a model that the package does not have, naming what about it.
     """
     return identify(path)[1:]
 
@@ -166,9 +166,7 @@ def _vision(given: dict, folder: Path) -> VisionConfig:
     _refuse(folder, c, use_swiglu_ffn=True, qkv_bias=False)
     mean, std = NORMALISATION[family]
     processor = image_processor(folder)
-    sizes = {
-        name: c[name] if isinstance(c[name], int) else set(c[name]) for name in ("image_size", "patch_size")
-    }
+    sizes = {name: c[name] if isinstance(c[name], int) else set(c[name]) for name in ("image_size", "patch_size")}
     for name, size in sizes.items():
         if not isinstance(size, int):
             if len(size) != 1:
@@ -196,9 +194,7 @@ def _vision(given: dict, folder: Path) -> VisionConfig:
 def _llm(given: dict, folder: Path) -> LLMConfig:
     kind = given.get("model_type", "llama")
     if kind not in ("llama", "mistral", "qwen2"):
-        raise WeightsError(
-            f"{folder}: a language model of type '{kind}' is not supported; llama, mistral, qwen2 are."
-        )
+        raise WeightsError(f"{folder}: a language model of type '{kind}' is not supported; llama, mistral, qwen2 are.")
     c = DEFAULTS[kind] | given
     rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
     scaling = rope.get("rope_type", rope.get("type", "default"))
@@ -208,14 +204,10 @@ def _llm(given: dict, folder: Path) -> LLMConfig:
         )
     _refuse(folder, c, attention_bias=True, mlp_bias=True)
     if c["hidden_act"] != "silu":
-        raise WeightsError(
-            f"{folder}: hidden_act '{c['hidden_act']}' is not supported in the language model; silu is."
-        )
+        raise WeightsError(f"{folder}: hidden_act '{c['hidden_act']}' is not supported in the language model; silu is.")
     window = c.get("sliding_window") if c.get("use_sliding_window", True) else None
     if window and 0 < c.get("max_window_layers", 0) < c["num_hidden_layers"]:
-        raise WeightsError(
-            f"{folder}: layers with and without a sliding window in one model are not supported."
-        )
+        raise WeightsError(f"{folder}: layers with and without a sliding window in one model are not supported.")
     if window and c.get("max_window_layers", 0) >= c["num_hidden_layers"]:
         window = None  # Qwen2 counts the layers *without* a window
     heads = c["num_attention_heads"]
@@ -259,9 +251,7 @@ def _llava(given: dict, folder: Path) -> ModelConfig:
     # A tied head may be declared at either level; older files leave it out of the outer one.
     tied = text.get("tie_word_embeddings", c.get("tie_word_embeddings", False))
     return ModelConfig(
-        vision=dataclasses.replace(
-            vision, feature_layer=layer, feature_tokens="cls_patch" if full else "patch"
-        ),
+        vision=dataclasses.replace(vision, feature_layer=layer, feature_tokens="cls_patch" if full else "patch"),
         connector=ConnectorConfig("mlp2x_gelu", activation=_activation(c["projector_hidden_act"], folder)),
         llm=_llm(text | {"tie_word_embeddings": tied}, folder),
     )
@@ -276,9 +266,7 @@ def _from_gguf(source: GGUFFile) -> LLMConfig:
     def get(name: str, default: Any = None) -> Any:
         value = meta.get(f"llama.{name}", default)
         if value is None:
-            raise WeightsError(
-                f"{source.path}: the GGUF metadata lacks 'llama.{name}'. Convert the model again."
-            )
+            raise WeightsError(f"{source.path}: the GGUF metadata lacks 'llama.{name}'. Convert the model again.")
         return value
 
     if get("rope.scaling.type", "none") != "none" or "rope_freqs.weight" in source.names():
@@ -315,7 +303,8 @@ def _efficientnet(width: int, depth: int) -> VisionConfig:
 
 
 def prompt_from(path: str | Path) -> PromptConfig:
-    """How a llava-hf folder was prompted: the image transform of its processor files, LLaVA-1.5's template otherwise."""
+    """How a llava-hf folder was prompted: the image transform of its processor files, LLaVA-1.5's template
+    otherwise."""
     folder = Path(path).expanduser()
     processor = image_processor(folder)
     if processor.get("do_pad"):
@@ -347,9 +336,7 @@ def _read_json(file: Path) -> dict:
 
 def _activation(name: str, folder: Path) -> str:
     if name not in ACTIVATIONS:
-        raise WeightsError(
-            f"{folder}: activation '{name}' is not supported; known: {', '.join(ACTIVATIONS)}."
-        )
+        raise WeightsError(f"{folder}: activation '{name}' is not supported; known: {', '.join(ACTIVATIONS)}.")
     return ACTIVATIONS[name]
 
 

@@ -1,4 +1,5 @@
-"""A model as a llava-hf folder, with the key names of that hub's checkpoints (recipes §3.2), which transformers and vLLM load."""
+"""A model as a llava-hf folder, with the key names of that hub's checkpoints (recipes §3.2), which transformers and
+vLLM load."""
 
 from __future__ import annotations
 
@@ -48,10 +49,10 @@ def export_llava_hf(
 ) -> Path:
     """Writes a folder that `LlavaForConditionalGeneration.from_pretrained` and vLLM load; gives its path back.
 
-    Adapters are merged. The vision layers after the selected features, which this package does not keep, are written as
-    zeros: they are computed and discarded there. A tokenizer without `<image>` gets it, as an id of its own, and the embedding
-    rows for it (the mean of the others) if the vocabulary has no room. `dtype` casts (None keeps each tensor's own).
-    Raises `WeightsError` with all the reasons if no class of transformers computes this model.
+    Adapters are merged. The vision layers after the selected features, which this package does not keep, are written
+    as zeros: they are computed and discarded there. A tokenizer without `<image>` gets it, as an id of its own, and
+    the embedding rows for it (the mean of the others) if the vocabulary has no room. `dtype` casts (None keeps each
+    tensor's own). Raises `WeightsError` with all the reasons if no class of transformers computes this model.
     """
     _require_exportable(model)
     out = Path(out)
@@ -123,12 +124,8 @@ def _tensors(params: dict, model: ModelConfig, rows: int, dtype: Any) -> Iterato
     for part, (family, config) in parts.items():
         for tensor in _part_tensors(flatten_dict(params[part], sep="/"), family, config):
             if part == "llm":
-                tensor = replace(
-                    tensor, name=("" if tensor.name.startswith("lm_head") else "model.") + tensor.name
-                )
-                if rows > model.llm.vocab_size and tensor.name.endswith(
-                    ("embed_tokens.weight", "lm_head.weight")
-                ):
+                tensor = replace(tensor, name=("" if tensor.name.startswith("lm_head") else "model.") + tensor.name)
+                if rows > model.llm.vocab_size and tensor.name.endswith(("embed_tokens.weight", "lm_head.weight")):
                     tensor = _with_rows(tensor, rows)
             tensor = replace(tensor, name=LLAVA_EXPORT[part] + tensor.name)
             yield tensor if dtype is None else _cast(tensor, jnp.dtype(dtype))
@@ -139,9 +136,7 @@ def _part_tensors(leaves: dict[str, Any], family: Family, config: Any) -> Iterat
     used = set()
     for rule in family.active(config):
         if rule.path not in leaves:
-            raise WeightsError(
-                f"The parameters lack {family.part}/{rule.path}, which the configuration asks for."
-            )
+            raise WeightsError(f"The parameters lack {family.part}/{rule.path}, which the configuration asks for.")
         leaf = leaves[rule.path]
         used.add(rule.path)
         file, ours = layout.parse(rule.axes)
@@ -161,20 +156,14 @@ def _part_tensors(leaves: dict[str, Any], family: Family, config: Any) -> Iterat
             continue
         for layer in range(config.depth):
             kept = layer in family.layers(config)
-            build = (
-                (lambda make=make, layer=layer: make(layer=layer))
-                if kept
-                else _constant(0, shape, leaf.dtype)
-            )
+            build = (lambda make=make, layer=layer: make(layer=layer)) if kept else _constant(0, shape, leaf.dtype)
             yield _Tensor(rule.names[0].replace("{i}", str(layer)), shape, np.dtype(leaf.dtype), build)
     if family.part == "vision":  # the norm after the discarded layers
         width, kind = (config.width,), leaves["pos_embed"].dtype
         yield _Tensor("post_layernorm.weight", width, np.dtype(kind), _constant(1, width, kind))
         yield _Tensor("post_layernorm.bias", width, np.dtype(kind), _constant(0, width, kind))
     if extra := sorted(set(leaves) - used):
-        raise WeightsError(
-            f"These parameters have no place in the export: {', '.join(extra)} (in {family.part})."
-        )
+        raise WeightsError(f"These parameters have no place in the export: {', '.join(extra)} (in {family.part}).")
 
 
 def _constant(value: float, shape: tuple[int, ...], dtype: Any) -> Callable[[], np.ndarray]:
@@ -216,11 +205,7 @@ def _write_shards(tensors: list[_Tensor], folder: Path, shard_bytes: int) -> Non
         shards[-1].append(tensor)
     index = {}
     for number, shard in enumerate(shards, 1):
-        name = (
-            "model.safetensors"
-            if len(shards) == 1
-            else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        )
+        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         values = {tensor.name: tensor.make() for tensor in shard}
         if jax.process_index() == 0:
             save_file(values, folder / name, metadata={"format": "pt"})
@@ -229,5 +214,3 @@ def _write_shards(tensors: list[_Tensor], folder: Path, shard_bytes: int) -> Non
         total = {"total_size": sum(tensor.nbytes for tensor in tensors)}
         text = json.dumps({"metadata": total, "weight_map": dict(sorted(index.items()))}, indent=2)
         (folder / "model.safetensors.index.json").write_text(text + "\n")
-
-

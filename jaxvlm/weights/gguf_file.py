@@ -80,13 +80,17 @@ class GGUFFile:
             shape = quant_shape_to_byte_shape(tensor.shape, kind)
             stored = np.memmap(self.path, np.uint8, "r", self._start + tensor.offset, shape)
         except ValueError as error:
-            raise WeightsError(f"{self.path}: tensor '{name}' cannot be read ({error}). Download the file again.") from error
+            raise WeightsError(
+                f"{self.path}: tensor '{name}' cannot be read ({error}). Download the file again."
+            ) from error
         # Quantisation blocks lie along the last axis, so a part is cut there only after dequantising.
         outer = tuple(index[: len(shape) - 1])
         try:
             values = dequantize(np.ascontiguousarray(stored[outer]), kind).astype(np.float32, copy=False)
         except NotImplementedError as error:
-            raise WeightsError(f"{self.path}: '{name}' is stored as {kind.name}, which gguf cannot dequantise.") from error
+            raise WeightsError(
+                f"{self.path}: '{name}' is stored as {kind.name}, which gguf cannot dequantise."
+            ) from error
         return values[(..., *index[len(shape) - 1 :])]
 
 

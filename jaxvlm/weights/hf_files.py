@@ -117,9 +117,7 @@ def vision_config(vision: VisionConfig) -> dict[str, Any]:
         "patch_size": vision.patch_size,
         "hidden_act": HF_ACTIVATIONS[vision.activation],
         "layer_norm_eps": vision.norm_eps,
-    } | (
-        {} if vision.class_token else {"vision_use_head": False}
-    )  # SigLIP's pooling head has no part in LLaVA
+    } | ({} if vision.class_token else {"vision_use_head": False})  # SigLIP's pooling head has no part in LLaVA
 
 
 def text_config(llm: LLMConfig, vocab_size: int, tokenizer: TokenizerFacts) -> dict[str, Any]:
@@ -162,9 +160,7 @@ def image_processor(vision: VisionConfig, transform: str) -> dict[str, Any]:
         "naive": ("CLIPImageProcessor" if vision.class_token else "SiglipImageProcessor", naive),
     }
     if transform not in kinds:
-        raise WeightsError(
-            f"No HF image processor does transform '{transform}'; those for {', '.join(kinds)} exist."
-        )
+        raise WeightsError(f"No HF image processor does transform '{transform}'; those for {', '.join(kinds)} exist.")
     name, steps = kinds[transform]
     return {
         "image_processor_type": name,
@@ -183,8 +179,8 @@ def image_processor(vision: VisionConfig, transform: str) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------------------------- chat templates
 
-# The conversation templates as Jinja: text before a question, after it, before an answer, after it. They must render what
-# `data.conversation.prompt` renders; a test holds the two together (this room may not import that one).
+# The conversation templates as Jinja: text before a question, after it, before an answer, after it. They must render
+# what `data.conversation.prompt` renders; a test holds the two together (this room may not import that one).
 _VICUNA = {"user": "USER: ", "ask": " ASSISTANT:", "lead": " ", "end": "</s>", "system_format": ("", " ")}
 _INST = {"user": "[INST] ", "ask": " [/INST]", "lead": " ", "end": " </s>"}
 _CURIOUS = (
@@ -211,7 +207,8 @@ CHAT: dict[str, dict[str, Any]] = {
         "system_format": ("<|im_start|>system\n", "<|im_end|>\n"),
         "strip_answers": True,
     },
-    "prism": {"user": "In: ", "ask": "\nOut:", "lead": " ", "end": "{{ eos_token }}"} | {"image_first": True, "strip_answers": True},
+    "prism": {"user": "In: ", "ask": "\nOut:", "lead": " ", "end": "{{ eos_token }}"}
+    | {"image_first": True, "strip_answers": True},
 }
 CHAT_ENDS = {name: (values["end"].strip(),) for name, values in CHAT.items()}
 

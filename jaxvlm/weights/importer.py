@@ -1,7 +1,7 @@
 """Checkpoint files to parameters: strict about names, frugal with memory.
 
-A plan is made first (`plan.py`), so nothing is read before everything is known to fit. Then each parameter is built on its
-own: with shardings, from the slices that this process owns; without, as one array.
+A plan is made first (`plan.py`), so nothing is read before everything is known to fit. Then each parameter is built
+on its own: with shardings, from the slices that this process owns; without, as one array.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ def import_part(
 ) -> dict:
     """The parameters of one `part` ('vision', 'connector' or 'llm') from a checkpoint of it, or of a whole LLaVA.
 
-    `config` is the model's (or the part's) configuration, by default the checkpoint's own. `dtype` is one dtype or a function
-    of the parameter's path. With `shardings` (a tree like the result) each leaf is read and placed shard by shard. A `report`
-    given here is filled in. Position embeddings of another image size are resampled as DINOv2 does (bicubic). Adapters
-    (`llm.lora`) are not in checkpoints and not in the result.
-    Raises `WeightsError` listing every missing, unknown or misshapen tensor.
+    `config` is the model's (or the part's) configuration, by default the checkpoint's own. `dtype` is one dtype or a
+    function of the parameter's path. With `shardings` (a tree like the result) each leaf is read and placed shard by
+    shard. A `report` given here is filled in. Position embeddings of another image size are resampled as DINOv2 does
+    (bicubic). Adapters (`llm.lora`) are not in checkpoints and not in the result. Raises `WeightsError` listing every
+    missing, unknown or misshapen tensor.
     """
     source, names, family, config, found = _open_part(path, part, config)
     leaves = _plan(source, names, family, config, found, report)
@@ -65,7 +65,9 @@ def import_model(
     """
     _, part, config = identify(path)
     if part != "model":
-        raise WeightsError(f"{path} holds a '{part}' part, not a whole model. Use import_part, or init.{part} in a config.")
+        raise WeightsError(
+            f"{path} holds a '{part}' part, not a whole model. Use import_part, or init.{part} in a config."
+        )
     source = open_source(path)
     shardings = shardings(config) if callable(shardings) else shardings
     families = {part: _llava_family(part, config) for part in ("vision", "connector", "llm")}
@@ -202,7 +204,8 @@ def _sharded(leaf: Leaf, dtype: np.dtype, sharding: jax.sharding.Sharding) -> ja
 
 
 def _resampled(leaf: Leaf, found: VisionConfig, wanted: VisionConfig) -> Leaf:
-    """Position embeddings for another image size: bicubic over the grid, the class token's kept (as HF's DINOv2 does)."""
+    """Position embeddings for another image size: bicubic over the grid, the class token's kept (as HF's DINOv2
+    does)."""
     old, new = (c.image_size // c.patch_size for c in (found, wanted))
     special, width = int(found.class_token), leaf.shape[-1]
     taps = _bicubic(old, new)

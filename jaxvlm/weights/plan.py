@@ -48,8 +48,8 @@ def plan_part(
 ) -> list[Leaf]:
     """The parameters of one part and how to read them.
 
-    `names` maps names in the family's table to names in the file, and holds every tensor that the part has to answer for.
-    Raises `WeightsError` listing every missing, unknown and misshapen tensor.
+    `names` maps names in the family's table to names in the file, and holds every tensor that the part has to answer
+    for. Raises `WeightsError` listing every missing, unknown and misshapen tensor.
     """
     leaves, takes, missing, misshapen = [], {}, {}, []
     for rule in family.active(config):
@@ -91,7 +91,8 @@ def _instances(rule: Rule, layers: range) -> list[tuple[str, list[tuple[str, ...
 def _bind(
     source: TensorSource, rule: Rule, files: list[tuple[str, ...]], sizes: dict[str, int]
 ) -> tuple[dict[str, int], list[tuple[str, list[int], str]]]:
-    """The sizes of the rule's axes, with those that the configuration leaves open read off the file; and what does not fit."""
+    """The sizes of the rule's axes, with those that the configuration leaves open read off the file; and what does
+    not fit."""
     wrong = []
     for name, *_ in files:
         shape = source.shape(name)
@@ -152,7 +153,9 @@ def _complaint(
         return [f"{title}, {len(entries)}:", *entries] if entries else []
 
     strays = [names[key] for key in unknown]
-    absent = [f"{key}, for {family.part}/{path}" + near(key, strays, n) for n, (key, path) in enumerate(missing.items())]
+    absent = [
+        f"{key}, for {family.part}/{path}" + near(key, strays, n) for n, (key, path) in enumerate(missing.items())
+    ]
     lines = [
         f"{source.path} does not fit the configured {family.part} part (read as {family.name}).",
         *block("Missing from the file", absent),

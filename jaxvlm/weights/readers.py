@@ -54,9 +54,7 @@ def open_source(path: str | Path) -> TensorSource:
             return Shards(path, files=files)
         if files:
             listed = ", ".join(file.name for file in files)
-            raise WeightsError(
-                f"{path} holds several GGUF files ({listed}). Give the path of the one to use."
-            )
+            raise WeightsError(f"{path} holds several GGUF files ({listed}). Give the path of the one to use.")
     held = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing"
     raise WeightsError(
         f"{path} holds no weights (looked for *.safetensors, *.bin, *.pth, *.pt, *.gguf; found {held}). "
@@ -79,9 +77,7 @@ def _open_file(path: Path) -> TensorSource:
         from jaxvlm.weights.torch_file import TorchFile
 
         return TorchFile(path)
-    raise WeightsError(
-        f"{path}: '{path.suffix}' is not a known format. Use .safetensors, .gguf, .pth, .pt or .bin."
-    )
+    raise WeightsError(f"{path}: '{path.suffix}' is not a known format. Use .safetensors, .gguf, .pth, .pt or .bin.")
 
 
 class SafetensorsFile:
@@ -111,9 +107,7 @@ class SafetensorsFile:
         try:
             self._file = safe_open(path, framework="numpy")
         except SafetensorError as error:
-            raise WeightsError(
-                f"{path} is not a complete safetensors file ({error}). Download it again."
-            ) from error
+            raise WeightsError(f"{path} is not a complete safetensors file ({error}). Download it again.") from error
         self._names = list(self._file.keys())
 
     def names(self) -> list[str]:
@@ -145,9 +139,7 @@ class Shards:
             self._where = {name: source for source in opened.values() for name in source.names()}
             if len(self._where) != sum(len(source.names()) for source in opened.values()):
                 listed = ", ".join(opened)
-                raise WeightsError(
-                    f"{path}: several files ({listed}) hold the same tensors. Give the path of one."
-                )
+                raise WeightsError(f"{path}: several files ({listed}) hold the same tensors. Give the path of one.")
         else:
             self._where = {name: opened[file] for name, file in indexed.items()}
             held = {file: set(source.names()) for file, source in opened.items()}

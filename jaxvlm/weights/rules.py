@@ -1,7 +1,8 @@
 """Which tensor of a checkpoint is which parameter: one table per family (recipes §3), read in both directions.
 
-A rule is `file name -> path in our tree : axes`. `{i}` in the file name counts layers; where the path has it too each layer has
-its own leaf, otherwise the layers are stacked on a new leading axis. Families differ from each other in tables only.
+A rule is `file name -> path in our tree : axes`. `{i}` in the file name counts layers; where the path has it too each
+layer has its own leaf, otherwise the layers are stacked on a new leading axis. Families differ from each other in
+tables only.
 """
 
 from __future__ import annotations
@@ -72,18 +73,14 @@ class Family:
 
 
 def norm(key: str, path: str, when: str = "") -> tuple[Rule, Rule]:
-    return Rule(f"{key}.weight", f"{path}/scale", "D -> D", when), Rule(
-        f"{key}.bias", f"{path}/bias", "D -> D", when
-    )
+    return Rule(f"{key}.weight", f"{path}/scale", "D -> D", when), Rule(f"{key}.bias", f"{path}/bias", "D -> D", when)
 
 
 def dense(key: str, path: str, axes: str, when: str = "") -> tuple[Rule, Rule]:
     """A linear layer with a bias; `axes` describes the kernel, the bias has its output axes."""
     out = re.match(r"\([^)]*\)|\S+", axes).group()
     bias = f"{out} -> {out.strip('()')}"
-    return Rule(f"{key}.weight", f"{path}/kernel", axes, when), Rule(
-        f"{key}.bias", f"{path}/bias", bias, when
-    )
+    return Rule(f"{key}.weight", f"{path}/kernel", axes, when), Rule(f"{key}.bias", f"{path}/bias", bias, when)
 
 
 HEADS_OUT, HEADS_IN = "(H h) D -> D H h", "D (H h) -> H h D"
@@ -330,9 +327,7 @@ GGUF_LLAMA = Family(
     **_LLM,
 )
 
-FAMILIES = {
-    family.name: family for family in (CLIP, SIGLIP, DINOV2, EFFICIENTNET_LITE, CONNECTOR, LLAMA, GGUF_LLAMA)
-}
+FAMILIES = {family.name: family for family in (CLIP, SIGLIP, DINOV2, EFFICIENTNET_LITE, CONNECTOR, LLAMA, GGUF_LLAMA)}
 
 # --------------------------------------------------------------------------------------------------------- llava-hf
 

