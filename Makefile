@@ -59,9 +59,10 @@ lint: $(DEV) ## ruff and the notebook's sync, without changing anything (seconds
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -q tests/test_notebook.py -k source
 
-format: $(DEV) ## let ruff rewrite what it can (seconds)
+format: $(DEV) ## let ruff rewrite what it can, notebooks in step (seconds)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/jupytext --quiet --update --to ipynb colab/quickstart.py
 
 bench: $(TEST) ## this machine's speed beside torch's (about 5 minutes on an idle machine)
 	$(BIN)/python benchmarks/cpu_step.py $(ARGS)

@@ -56,6 +56,7 @@ def easy(tmp_path, monkeypatch):
     source = easy_wheel(tmp_path / easy_vqa.PACKAGE.file)
     package = dataclasses.replace(easy_vqa.PACKAGE, sha256=download.sha256(source))
     monkeypatch.setattr(easy_vqa, "PACKAGE", package)
+    monkeypatch.setattr(easy_vqa, "TURNS", {"what": None, "yesno": None})
     monkeypatch.setitem(assets.ASSETS, "easy-vqa", dataclasses.replace(assets.ASSETS["easy-vqa"], packages=(package,)))
     calls = []
 

@@ -16,7 +16,13 @@ from packaging.requirements import Requirement
 import jaxvlm
 
 ROOT = Path(__file__).resolve().parents[1]
-IMPORT_NAMES = {"PIL": "pillow", "absl": "absl-py", "orbax": "orbax-checkpoint", "jaxlib": "jax"}
+IMPORT_NAMES = {
+    "PIL": "pillow",
+    "absl": "absl-py",
+    "orbax": "orbax-checkpoint",
+    "jaxlib": "jax",
+    "resvg_py": "resvg-py",
+}
 
 
 @pytest.fixture(scope="module")

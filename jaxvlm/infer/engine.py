@@ -366,11 +366,11 @@ def load(path: str | os.PathLike, mesh: Mesh | None = None) -> Engine:
 
 
 def bucket(length: int) -> int:
-    """The padded length of a prompt: a multiple of 16 up to 128, then four sizes to every doubling.
+    """The padded length of a prompt: a multiple of 8 up to 64, then four sizes to every doubling.
 
     So few programs are compiled, and padding costs a tenth on average.
     """
-    step = max(16, (1 << (length - 1).bit_length()) // 8)
+    step = max(8, (1 << (length - 1).bit_length()) // 8)
     return -(-length // step) * step
 
 

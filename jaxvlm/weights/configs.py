@@ -242,8 +242,8 @@ def _llava(given: dict, folder: Path) -> ModelConfig:
         layer = layer[0]
     if strategy == "default" and not vision.class_token:
         raise WeightsError(
-            f"{folder}: vision_feature_select_strategy 'default' drops the first token, but this tower has no class token, "
-            "so a patch would be lost. Set it to 'full' if the model was trained on all patches."
+            f"{folder}: vision_feature_select_strategy 'default' drops the first token, but this tower has no class "
+            "token, so a patch would be lost. Set it to 'full' if the model was trained on all patches."
         )
     if strategy == "full" and vision.num_registers:
         raise WeightsError(f"{folder}: register tokens as visual tokens are not supported.")
@@ -303,8 +303,7 @@ def _efficientnet(width: int, depth: int) -> VisionConfig:
 
 
 def prompt_from(path: str | Path) -> PromptConfig:
-    """How a llava-hf folder was prompted: the image transform of its processor files, LLaVA-1.5's template
-    otherwise."""
+    """How a llava-hf folder was prompted: its processor's image transform, and otherwise LLaVA-1.5's settings."""
     folder = Path(path).expanduser()
     processor = image_processor(folder)
     if processor.get("do_pad"):

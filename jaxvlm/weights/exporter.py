@@ -1,5 +1,7 @@
-"""A model as a llava-hf folder, with the key names of that hub's checkpoints (recipes §3.2), which transformers and
-vLLM load."""
+"""A model as a llava-hf folder, with the key names of that hub's checkpoints (recipes §3.2).
+
+transformers and vLLM load those names; what transformers itself writes today, vLLM does not (ecosystem §3.2).
+"""
 
 from __future__ import annotations
 

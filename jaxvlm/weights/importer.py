@@ -204,8 +204,7 @@ def _sharded(leaf: Leaf, dtype: np.dtype, sharding: jax.sharding.Sharding) -> ja
 
 
 def _resampled(leaf: Leaf, found: VisionConfig, wanted: VisionConfig) -> Leaf:
-    """Position embeddings for another image size: bicubic over the grid, the class token's kept (as HF's DINOv2
-    does)."""
+    """Position embeddings for another image size: bicubic over the grid, the class token's kept (HF's DINOv2)."""
     old, new = (c.image_size // c.patch_size for c in (found, wanted))
     special, width = int(found.class_token), leaf.shape[-1]
     taps = _bicubic(old, new)

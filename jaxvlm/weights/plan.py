@@ -91,8 +91,7 @@ def _instances(rule: Rule, layers: range) -> list[tuple[str, list[tuple[str, ...
 def _bind(
     source: TensorSource, rule: Rule, files: list[tuple[str, ...]], sizes: dict[str, int]
 ) -> tuple[dict[str, int], list[tuple[str, list[int], str]]]:
-    """The sizes of the rule's axes, with those that the configuration leaves open read off the file; and what does
-    not fit."""
+    """The sizes of the rule's axes, with what the configuration leaves open read off the file; and what does not fit."""
     wrong = []
     for name, *_ in files:
         shape = source.shape(name)

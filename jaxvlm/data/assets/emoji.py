@@ -124,7 +124,8 @@ def svg(icons: dict, name: str) -> str | None:
         return None
     width, height = (icon.get(side, icons.get(side, 16)) for side in ("width", "height"))
     box = f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}"
-    return f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{box}">{icon["body"]}</svg>'
+    spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return f'<svg {spaces} viewBox="{box}">{icon["body"]}</svg>'
 
 
 def rasterise(drawing: str) -> bytes:
