@@ -28,14 +28,14 @@ from jaxvlm.models.lora import merge_lora
 from jaxvlm.models.vlm import abstract_params, init_params, logical_axes
 from jaxvlm.parallel.mesh import make_mesh
 from jaxvlm.parallel.rules import param_shardings
-from jaxvlm.train.checkpoint import CheckpointError, describe, existing_parent, save_model, write_json
 from jaxvlm.train.features import FeatureTable, cached_features
 from jaxvlm.train.flops import peak_flops
 from jaxvlm.train.loop import train_stage
 from jaxvlm.train.metrics import StageResult, StatusLine, duration, read_metrics
 from jaxvlm.train.ridge import ridge_start
-from jaxvlm.train.state import count, flat, nbytes, split
+from jaxvlm.train.state import count, describe, flat, nbytes, split
 from jaxvlm.weights import import_model, import_part
+from jaxvlm.weights.saved import CheckpointError, existing_parent, save_model, write_json
 
 PARTS = ("vision", "connector", "llm")
 # Settings that may change between a run and its continuation without changing what is learnt.
@@ -256,7 +256,7 @@ def without_adapters(model: ModelConfig, params: dict) -> tuple[ModelConfig, dic
     if not model.llm.lora.rank:
         return model, params
     merged = dataclasses.replace(model, llm=dataclasses.replace(model.llm, lora=LoRAConfig()))
-    return merged, jax.jit(lambda tree: merge_lora(tree, model.llm), donate_argnums=0)(params)
+    return merged, jax.jit(lambda tree: merge_lora(tree, model.llm))(params)
 
 
 def evaluate(engine: Engine, config: RunConfig, directory: Path) -> dict[str, Any]:

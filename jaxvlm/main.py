@@ -195,8 +195,8 @@ def import_checkpoint(argv: Sequence[str]) -> None:
     parser.add_argument("path", help="the folder to read")
     parser.add_argument("out", help="the folder to write")
     options = parser.parse_args(argv)
-    from jaxvlm.train.checkpoint import save_model
     from jaxvlm.weights import ImportReport, import_model, prompt_from
+    from jaxvlm.weights.saved import save_model
 
     report = ImportReport()
     model, params = import_model(options.path, report=report)

@@ -22,7 +22,7 @@ from jaxvlm.infer.engine import Engine, bucket, load
 from jaxvlm.models.vlm import logical_axes
 from jaxvlm.parallel.mesh import make_mesh
 from jaxvlm.parallel.rules import param_shardings
-from jaxvlm.train.checkpoint import save_model
+from jaxvlm.weights.saved import save_model
 
 NEW = 12
 

@@ -70,7 +70,17 @@ def test_generate_verb(finished, tmp_path, capsys):
     questions = tmp_path / "q.jsonl"
     questions.write_text("".join(json.dumps({"question_id": i, "text": f"Question {i}?"}) + "\n" for i in range(3)))
     out = tmp_path / "a.jsonl"
-    argv = ["generate", "--run", str(finished), "--input", str(questions), "--output", str(out), "--max_new_tokens", "3"]
+    argv = [
+        "generate",
+        "--run",
+        str(finished),
+        "--input",
+        str(questions),
+        "--output",
+        str(out),
+        "--max_new_tokens",
+        "3",
+    ]
     assert main(argv) == 0
     assert [json.loads(line)["question_id"] for line in out.read_text().splitlines()] == [0, 1, 2]
     assert main(["generate", "--run", str(finished)]) == 1

@@ -17,10 +17,22 @@ from jaxvlm.models.vlm import VLM, abstract_params
 LLM = LLMConfig(vocab_size=8, width=8, depth=1, num_heads=1, num_kv_heads=1, head_dim=8, mlp_dim=8)
 CLIP = VisionConfig(image_size=12, patch_size=4, width=16, depth=3, num_heads=2, mlp_dim=24)
 SIGLIP = replace(
-    CLIP, activation="gelu_tanh", norm_eps=1e-6, class_token=False, patch_bias=True, pre_norm=False, feature_layer=-1
+    CLIP,
+    activation="gelu_tanh",
+    norm_eps=1e-6,
+    class_token=False,
+    patch_bias=True,
+    pre_norm=False,
+    feature_layer=-1,
 )
 DINOV2 = replace(
-    SIGLIP, activation="gelu_erf", class_token=True, layer_scale=True, feature_norm=True, mlp_dim=32, image_size=13
+    SIGLIP,
+    activation="gelu_erf",
+    class_token=True,
+    layer_scale=True,
+    feature_norm=True,
+    mlp_dim=32,
+    image_size=13,
 )
 
 
@@ -71,7 +83,9 @@ def test_features_equal_transformers(family):
     with torch.no_grad():
         expected = theirs(torch.from_numpy(normalised[:, :, :side, :side]), output_hidden_states=True)
     prefix = ours.class_token + ours.num_registers
-    state_of = lambda c: expected.last_hidden_state if c.feature_norm else expected.hidden_states[c.feature_layer]  # noqa: E731
+    state_of = lambda c: (
+        expected.last_hidden_state if c.feature_norm else expected.hidden_states[c.feature_layer]
+    )  # noqa: E731
     for c in (ours, replace(ours, feature_norm=False, feature_layer=-2)):
         close(encode(c, copy_vit(state, c), pixels), state_of(c)[:, prefix:].numpy())
     if family == "CLIPVision":

@@ -59,7 +59,11 @@ def test_parameter_tree_and_initial_values():
     jax.tree.map(lambda x, names: np.testing.assert_equal(x.ndim, len(names)), params, axes)
     layers = params["llm"]["layers"]
     assert axes["llm"]["layers"]["attn"]["q"]["kernel"] == ("layers", "embed", "heads", "head_dim")
-    assert layers["attn"]["o"]["lora_a"].shape == (2, 2, 8, 2) and layers["attn"]["o"]["lora_b"].shape == (2, 2, 16)
+    assert layers["attn"]["o"]["lora_a"].shape == (2, 2, 8, 2) and layers["attn"]["o"]["lora_b"].shape == (
+        2,
+        2,
+        16,
+    )
     # scanned layers must differ, adapters must start as the identity, connectors as torch's linear layers
     kernel = np.asarray(layers["attn"]["q"]["kernel"])
     assert np.abs(kernel[0] - kernel[1]).max() > 1e-3 and 0.015 < kernel.std() < 0.025
@@ -115,9 +119,18 @@ def test_connectors(kind, count):
 
 def test_unknown_choices_name_the_known_ones():
     for config, message in (
-        (replace(CONFIG, connector=ConnectorConfig("qformer")), "No connector 'qformer'; there are: linear, mlp2x"),
-        (replace(CONFIG, vision=replace(CONFIG.vision, kind="swin")), "No vision tower 'swin'; there are: vit, eff"),
-        (replace(CONFIG, vision=replace(CONFIG.vision, activation="relu")), "No activation 'relu'; there are: quick"),
+        (
+            replace(CONFIG, connector=ConnectorConfig("qformer")),
+            "No connector 'qformer'; there are: linear, mlp2x",
+        ),
+        (
+            replace(CONFIG, vision=replace(CONFIG.vision, kind="swin")),
+            "No vision tower 'swin'; there are: vit, eff",
+        ),
+        (
+            replace(CONFIG, vision=replace(CONFIG.vision, activation="relu")),
+            "No activation 'relu'; there are: quick",
+        ),
         (replace(CONFIG, remat="some"), "must be none, dots or full, not 'some'"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -16,9 +16,9 @@ import pytest
 import tiny
 
 from jaxvlm.config import to_dict
-from jaxvlm.train.checkpoint import load_model
 from jaxvlm.train.metrics import read_metrics
 from jaxvlm.train.state import flat
+from jaxvlm.weights.saved import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -5,6 +5,8 @@ the visual tokens, `packing` fills rows, `loader` puts them together. Submodules
 file imports none, so that inference does not pay for grain.
 """
 
+from jaxvlm.config import UserError
 
-class DataError(ValueError):
+
+class DataError(UserError):
     """Data that cannot be used; the message names the file or record and the fix."""

@@ -32,7 +32,8 @@ from jaxvlm.infer import decoding
 from jaxvlm.infer.answers import IMAGE_MARK, RequestError
 from jaxvlm.infer.detokenizer import Detokenizer, cut_at
 from jaxvlm.infer.sampler import row_keys
-from jaxvlm.parallel.rules import logical_rules, put_batch
+from jaxvlm.models.vlm import abstract_params, logical_axes
+from jaxvlm.parallel.rules import logical_rules, param_shardings, put_batch
 
 BATCH_SIZE = 16
 VISUAL_CACHE_BYTES = 512 * 2**20  # on the host; a chat and ten questions about one image encode it once
@@ -352,16 +353,20 @@ def load(path: str | os.PathLike, mesh: Mesh | None = None) -> Engine:
     Raises `CheckpointError` or `WeightsError` saying what is wrong with `path`.
     """
     # Imported here: what only answers requests from parameters at hand needs neither of them.
-    from jaxvlm.train.checkpoint import MANIFEST, load_model
     from jaxvlm.weights import import_model, prompt_from
+    from jaxvlm.weights.saved import MANIFEST, load_model
 
+    def on_mesh(config: ModelConfig) -> dict:
+        return param_shardings(logical_axes(config), abstract_params(config), mesh)
+
+    shardings = on_mesh if mesh else None
     path = Path(path).expanduser()
     ours = any((folder / MANIFEST).is_file() for folder in (path, path / "model"))
     foreign = path / "config.json"
     if not ours and foreign.is_file() and "model_type" in json.loads(foreign.read_text(encoding="utf-8")):
-        config, params = import_model(path)
+        config, params = import_model(path, shardings=shardings)
         return Engine(config, prompt_from(path), params, mesh=mesh)
-    params, config, prompt, _ = load_model(path)
+    params, config, prompt, _ = load_model(path, shardings)
     return Engine(config, prompt, params, mesh=mesh)
 
 

@@ -59,7 +59,8 @@ def _shifted_sum(x, kernel, stride):
     rows, columns = -(-x.shape[1] // stride), -(-x.shape[2] // stride)
     x = jnp.pad(x, ((0, 0), _same(x.shape[1], size, stride), _same(x.shape[2], size, stride), (0, 0)))
     taps = (
-        x[:, i : i + (rows - 1) * stride + 1 : stride, j : j + (columns - 1) * stride + 1 : stride] * kernel[i, j]
+        x[:, i : i + (rows - 1) * stride + 1 : stride, j : j + (columns - 1) * stride + 1 : stride]
+        * kernel[i, j]
         for i in range(size)
         for j in range(size)
     )
@@ -100,7 +101,11 @@ class EfficientNetLite(nn.Module):
     def __call__(self, pixels: jax.Array) -> jax.Array:
         """Normalised pixels [B, image_size, image_size, 3] -> features [B, grid * grid, 1280] before pooling."""
         c = self.config
-        if (c.width, c.patch_size, c.feature_tokens) != (HEAD_WIDTH, STRIDE, "patch") or c.image_size % STRIDE:
+        if (c.width, c.patch_size, c.feature_tokens) != (
+            HEAD_WIDTH,
+            STRIDE,
+            "patch",
+        ) or c.image_size % STRIDE:
             raise ConfigError(
                 f"efficientnet_lite has width {HEAD_WIDTH}, patch_size {STRIDE}, feature_tokens 'patch' and an "
                 f"image_size divisible by {STRIDE}, not {c.width}, {c.patch_size}, '{c.feature_tokens}', {c.image_size}."
@@ -109,7 +114,9 @@ class EfficientNetLite(nn.Module):
         index = 0
         for count, kernel, stride, expansion, width in STAGES:
             for i in range(count):
-                block = Block(kernel, 1 if i else stride, expansion, width, i > 0, self.dtype, name=f"blocks_{index}")
+                block = Block(
+                    kernel, 1 if i else stride, expansion, width, i > 0, self.dtype, name=f"blocks_{index}"
+                )
                 x, index = constrain(block(x), ("batch", None, None, None)), index + 1
         x = relu6(Conv(HEAD_WIDTH, 1, self.dtype, name="head")(x))  # [B, g, g, 1280]
         return x.reshape(x.shape[0], -1, HEAD_WIDTH)

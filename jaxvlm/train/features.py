@@ -16,7 +16,7 @@ import numpy as np
 from jaxvlm.config import ModelConfig, to_dict
 from jaxvlm.data.image import load_image, transform
 from jaxvlm.models.vlm import VLM
-from jaxvlm.train.checkpoint import write_json
+from jaxvlm.weights.saved import write_json
 
 FeatureTable = tuple[np.ndarray, dict[str, int]]  # [images, tokens, width] on disk, and each image path's row
 

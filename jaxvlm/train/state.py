@@ -64,3 +64,11 @@ def count(tree: Any) -> int:
 def nbytes(tree: Any) -> int:
     """Bytes of a tree of arrays or ShapeDtypeStructs."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def describe(params: dict) -> list[str]:
+    """Parameter counts by top-level part, for the run's opening lines."""
+    parts: dict[str, int] = {}
+    for path, leaf in flat(params).items():
+        parts[path.split("/")[0]] = parts.get(path.split("/")[0], 0) + leaf.size
+    return [f"{name} {size / 1e6:.1f} M" for name, size in parts.items()]

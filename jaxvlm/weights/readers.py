@@ -14,10 +14,12 @@ from typing import Protocol
 import ml_dtypes
 import numpy as np
 
+from jaxvlm.config import UserError
+
 Index = tuple[slice, ...]
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError):
     """Weights that cannot be used; the message names the file, the tensors and the fix."""
 
 

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from jaxvlm.config import UserError
 
-class AssetError(RuntimeError):
+
+class AssetError(UserError):
     """An asset that could not be made ready; the message says what to do."""
 
 

@@ -1,0 +1,113 @@
+"""The finished model of a run as a folder: parameters (orbax), tokenizer, and the manifest that says how to use them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+import jaxvlm
+from jaxvlm.config import ConfigError, ModelConfig, PromptConfig, UserError, build, to_dict
+
+MANIFEST = "manifest.json"
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be written or read; the message names the file and the fix."""
+
+
+def save_model(directory: Path, params: dict, model: ModelConfig, prompt: PromptConfig, extra: dict) -> None:
+    """Writes a finished model: parameters, tokenizer and the manifest that says how to use them."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with explain_full_disk(directory, sum(leaf.nbytes for leaf in jax.tree.leaves(params))):
+        ocp.save((directory / "params").absolute(), params, overwrite=True)
+    tokenizer = directory / "tokenizer"
+    tokenizer.mkdir(exist_ok=True)
+    for file in Path(prompt.tokenizer).iterdir():
+        if file.suffix in (".json", ".jinja", ".model") and "safetensors" not in file.name:
+            shutil.copyfile(file, tokenizer / file.name)
+    manifest = {
+        "kind": "jaxvlm-model",
+        "format": 1,
+        "jaxvlm": jaxvlm.__version__,
+        "model": to_dict(model),
+        "prompt": {**to_dict(prompt), "tokenizer": "tokenizer"},
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        **extra,
+    }
+    write_json(directory / MANIFEST, manifest)
+
+
+def load_model(
+    directory: Path, shardings: Callable[[ModelConfig], dict] | None = None
+) -> tuple[dict, ModelConfig, PromptConfig, dict]:
+    """Reads what `save_model` wrote: (params, model, prompt, manifest).
+
+    `directory` may be the model folder or the run that holds it. `shardings` gives a tree of shardings for the model's
+    configuration; without it everything goes to the first device, wherever it was saved from. Raises `CheckpointError`
+    when there is no model, or not one that this version can read.
+    """
+    directory = Path(directory)
+    if not (directory / MANIFEST).is_file() and (directory / "model" / MANIFEST).is_file():
+        directory = directory / "model"
+    path = directory / MANIFEST
+    if not path.is_file():
+        state = "has not finished training" if (directory / "config.json").is_file() else "holds no jaxvlm model"
+        raise CheckpointError(f"'{directory}' {state} (no {MANIFEST}). Give the --workdir of a finished run.")
+    manifest = json.loads(path.read_text())
+    if manifest.get("kind") != "jaxvlm-model" or manifest.get("format") != 1:
+        raise CheckpointError(f"{path} is not a jaxvlm model of format 1; it was written by {manifest.get('jaxvlm')}.")
+    try:
+        model = build(ModelConfig, manifest["model"], "model")
+        prompt = build(PromptConfig, manifest["prompt"] | {"tokenizer": str(directory / "tokenizer")}, "prompt")
+    except ConfigError as error:
+        raise CheckpointError(f"{path} does not fit this version of jaxvlm ({jaxvlm.__version__}): {error}") from error
+    folder = (directory / "params").absolute()
+    stored = ocp.metadata(folder).metadata
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    placed = shardings(model) if shardings else jax.tree.map(lambda _: here, stored)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), stored, placed)
+    return ocp.load(folder, abstract), model, prompt, manifest
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON so that a reader sees the old file or the new one, never half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(path)
+
+
+@contextlib.contextmanager
+def explain_full_disk(directory: Path, size: int = 0) -> Iterator[None]:
+    """Turns a full disk, however deep it was noticed, into one sentence; `size` is what was to be written, in bytes."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        words = ("no space left", "resource_exhausted", "disk quota", "enospc")
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if not full and not any(word in str(error).lower() for word in words):
+            raise
+        free = shutil.disk_usage(existing_parent(directory)).free
+        need = f" This takes about {size / 1e6:.0f} MB." if size else ""
+        raise CheckpointError(
+            f"The disk is full: writing under {directory} failed with {free / 1e6:.0f} MB free.{need} Earlier checkpoints "
+            "are intact. Free some space and run the same command again: it resumes."
+        ) from error
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest folder above `path` that exists."""
+    path = Path(path).absolute()
+    while not path.exists():
+        path = path.parent
+    return path
