@@ -67,16 +67,12 @@ def vit(state: dict[str, np.ndarray], c: VisionConfig) -> dict:
         layers |= {f"scale{i}": stacked(f"layer_scale{i}.lambda1") for i in (1, 2)}
     patch = "embeddings.patch_embeddings.projection." if dino else "embeddings.patch_embedding."
     tree = {"layers": layers, "patch_embed": {"kernel": state[patch + "weight"].transpose(2, 3, 1, 0)}}
-    tree["pos_embed"] = state[
-        "embeddings.position_embeddings" if dino else "embeddings.position_embedding.weight"
-    ]
+    tree["pos_embed"] = state["embeddings.position_embeddings" if dino else "embeddings.position_embedding.weight"]
     tree["pos_embed"] = tree["pos_embed"].reshape(-1, c.width)
     if c.patch_bias:
         tree["patch_embed"]["bias"] = state[patch + "bias"]
     if c.class_token:
-        tree["class_token"] = state["embeddings.cls_token" if dino else "embeddings.class_embedding"].reshape(
-            -1
-        )
+        tree["class_token"] = state["embeddings.cls_token" if dino else "embeddings.class_embedding"].reshape(-1)
     if c.num_registers:
         tree["register_tokens"] = state["embeddings.register_tokens"][0]
     if c.pre_norm:
@@ -111,9 +107,7 @@ def llm(state: dict[str, np.ndarray], c: LLMConfig) -> dict:
             "attn": attn,
             "attn_norm": {"scale": stacked("input_layernorm.weight")},
             "mlp_norm": {"scale": stacked("post_attention_layernorm.weight")},
-            "mlp": {
-                n: {"kernel": stacked(f"mlp.{n}_proj.weight", np.transpose)} for n in ("gate", "up", "down")
-            },
+            "mlp": {n: {"kernel": stacked(f"mlp.{n}_proj.weight", np.transpose)} for n in ("gate", "up", "down")},
         },
     }
     return tree if c.tie_embeddings else tree | {"head": {"kernel": state["lm_head.weight"].T}}

@@ -67,9 +67,7 @@ def test_packed_rows_match_the_oracle(size, seed, window, is_causal):
     for x in (q, k, v):
         x[ids == 0] = poison
     out = run(q, k, v, k_start, k_end)
-    np.testing.assert_allclose(
-        out, oracle(q, k, v, np.asarray(k_start), np.asarray(k_end)), rtol=1e-5, atol=1e-6
-    )
+    np.testing.assert_allclose(out, oracle(q, k, v, np.asarray(k_start), np.asarray(k_end)), rtol=1e-5, atol=1e-6)
 
 
 @settings(max_examples=25, deadline=None)
@@ -138,9 +136,7 @@ def test_memory_of_long_sequences_is_linear():
             return attention(q, k, v, k_start=k_start, k_end=k_end).sum()
 
         q = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
-        return (
-            jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, q, q).compile().memory_analysis().temp_size_in_bytes
-        )
+        return jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, q, q).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary(8192) < 3 * temporary(4096)
 
@@ -157,9 +153,7 @@ def test_bfloat16_keeps_its_dtype_and_softmax_is_float32():
 def test_output_has_its_checkpoint_name():
     q, k, v = draw(0, 1, 3, 3, 1, 1)
     k_start, k_end = intervals.full(1, 3, 3)
-    assert "attention_out" in str(
-        jax.make_jaxpr(lambda q: attention(q, k, v, k_start=k_start, k_end=k_end))(q)
-    )
+    assert "attention_out" in str(jax.make_jaxpr(lambda q: attention(q, k, v, k_start=k_start, k_end=k_end))(q))
 
 
 def test_dispatcher(monkeypatch, caplog):

@@ -91,9 +91,10 @@ def test_only_wanted_gradients_are_computed():
     assert dots(jax.grad(loss, (0, 1)), hidden, kernel) == 3
     # and so inside the transformations a train step is made of
     assert dots(jax.grad(jax.checkpoint(loss), 0), hidden, kernel) == 2
-    accumulate = lambda hidden, kernel: jax.lax.scan(
-        lambda t, h: (t + loss(h, kernel), None), 0.0, hidden[None]
-    )[0]  # noqa: E731
+
+    def accumulate(hidden, kernel):
+        return jax.lax.scan(lambda total, h: (total + loss(h, kernel), None), 0.0, hidden[None])[0]
+
     assert dots(jax.grad(accumulate, 0), hidden, kernel) == 2
 
 
@@ -108,9 +109,7 @@ def test_no_array_holds_the_logits_of_all_tokens():
         return linear_cross_entropy(hidden, kernel, targets, weights, chunk=chunk)[0]
 
     text = jax.jit(jax.grad(loss, (0, 1))).lower(hidden, kernel, row, weights).compile().as_text()
-    shapes = [
-        [int(n) for n in found.split(",")] for found in re.findall(r"(?:f32|pred|s32)\[([\d,]+)\]", text)
-    ]
+    shapes = [[int(n) for n in found.split(",")] for found in re.findall(r"(?:f32|pred|s32)\[([\d,]+)\]", text)]
     largest = max(np.prod(shape) for shape in shapes if vocab in shape)
     assert largest <= batch * chunk * vocab < batch * length * vocab / 30
 

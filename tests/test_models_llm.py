@@ -15,9 +15,7 @@ from jaxvlm.kernels import intervals
 from jaxvlm.models.lora import merge_lora
 from jaxvlm.models.vlm import VLM, abstract_params, head_kernel, init_cache
 
-LLAMA = LLMConfig(
-    vocab_size=40, width=24, depth=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=32, norm_eps=1e-6
-)
+LLAMA = LLMConfig(vocab_size=40, width=24, depth=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=32, norm_eps=1e-6)
 VISION = VisionConfig(image_size=8, patch_size=4, width=8, depth=2, num_heads=2, mlp_dim=16)
 
 
@@ -92,9 +90,7 @@ def test_prefill_and_steps_equal_the_full_forward():
         padded = np.zeros((1, 10), np.int32)
         padded[0, : len(row)] = row
         segment_ids = (np.arange(10) < len(row)).astype(np.int32)[None]
-        expected.append(
-            np.asarray(forward(config, params, padded, segment_ids, np.arange(10)[None]))[0, : len(row)]
-        )
+        expected.append(np.asarray(forward(config, params, padded, segment_ids, np.arange(10)[None]))[0, : len(row)])
 
     @jax.jit
     def decode(tokens, positions, k_start, k_end, cache):
@@ -155,8 +151,16 @@ def test_rematerialisation_changes_nothing():
     params = random_params(model(LLAMA))
 
     def gradient(remat):
-        config = model(LLAMA, remat=remat)
-        return jax.tree.leaves(jax.grad(lambda p: forward(config, p, tokens, *plain(tokens)).var())(params))
+        """Of two leaves: one inside the layers and one before them, so the backward pass goes through everything."""
+
+        def loss(norm, embedding):
+            llm = params["llm"] | {"embed": {"embedding": embedding}}
+            llm["layers"] = llm["layers"] | {"attn_norm": norm}
+            return forward(model(LLAMA, remat=remat), {"llm": llm}, tokens, *plain(tokens)).var()
+
+        return jax.tree.leaves(
+            jax.grad(loss, (0, 1))(params["llm"]["layers"]["attn_norm"], params["llm"]["embed"]["embedding"])
+        )
 
     kept = gradient("none")
     for remat in ("dots", "full"):
@@ -167,10 +171,7 @@ def test_rematerialisation_changes_nothing():
 def test_adapters():
     lora = LoRAConfig(rank=3, alpha=6.0, targets=("q", "o", "down"))
     base, config = model(LLAMA), model(replace(LLAMA, lora=lora))
-    leaves = {
-        "/".join(k.key for k in path)
-        for path, _ in jax.tree_util.tree_leaves_with_path(abstract_params(config))
-    }
+    leaves = {"/".join(k.key for k in path) for path, _ in jax.tree_util.tree_leaves_with_path(abstract_params(config))}
     adapted = {name.rsplit("/", 1)[0] for name in leaves if "lora" in name}
     assert adapted == {"llm/layers/attn/q", "llm/layers/attn/o", "llm/layers/mlp/down"}
 
@@ -178,9 +179,7 @@ def test_adapters():
     tokens = np.arange(8, dtype=np.int32)[None]
     merged = merge_lora(params, config.llm)
     assert jax.tree.structure(merged) == jax.tree.structure(abstract_params(base))
-    close(
-        forward(base, merged, tokens, *plain(tokens)), forward(config, params, tokens, *plain(tokens)), 5e-6
-    )
+    close(forward(base, merged, tokens, *plain(tokens)), forward(config, params, tokens, *plain(tokens)), 5e-6)
 
     fresh = jax.tree_util.tree_map_with_path(lambda path, x: x * (path[-1].key != "lora_b"), params)
     close(

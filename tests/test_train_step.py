@@ -10,10 +10,11 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from hf_copy import random_params
 
 from jaxvlm.config import ConfigError, MeshConfig, OptimizerConfig
 from jaxvlm.data.loader import Loader
-from jaxvlm.models.vlm import VLM, init_params
+from jaxvlm.models.vlm import VLM
 from jaxvlm.parallel.mesh import make_mesh
 from jaxvlm.parallel.rules import partition_spec, put_batch
 from jaxvlm.train.loop import state_shardings
@@ -57,14 +58,14 @@ def assert_trees_close(a, b, rtol):
     largest = max(np.abs(np.asarray(leaf)).max() for leaf in jax.tree.leaves(b))
     for path, leaf in flat(a).items():
         other = flat(b)[path]
-        scale = max(np.abs(np.asarray(other)).max(), 1e-6 * largest)  # a key bias has no gradient but rounding
+        scale = max(np.abs(np.asarray(other)).max(), 1e-4 * largest)  # a key bias has no gradient but rounding
         np.testing.assert_allclose(np.asarray(leaf), np.asarray(other), rtol=rtol, atol=rtol * scale, err_msg=path)
 
 
 @pytest.mark.parametrize("layout", ["llava", "prismatic"])
 def test_packed_equals_unpacked(world, layout):
     world = dataclasses.replace(world, prompt=dataclasses.replace(world.prompt, layout=layout))
-    params = init_params(world.model, jax.random.key(0))
+    params = random_params(world.model)
     packed, unpacked = list(batches(world, True, 2)), list(batches(world, False, 4))
     assert sum(len(b["tokens"]) for b in packed) < sum(len(b["tokens"]) for b in unpacked)
     loss, grads = mean_loss_and_gradients(world.model, params, packed)
@@ -77,7 +78,7 @@ def run_steps(world, batch, accumulate=1, mesh=None, trainable=("connector/.*", 
     """Parameters and metrics after `steps` steps on one batch. SGD, which hands differences on as they are."""
     mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh):
-        moving, frozen = split(init_params(world.model, jax.random.key(1)), trainable)
+        moving, frozen = split(random_params(world.model), trainable)
         optimizer = optax.sgd(0.1, momentum=0.9)
         state = TrainState(jnp.int32(0), moving, frozen, optimizer.init(moving))
         shardings = state_shardings(state, world.model, mesh)
@@ -115,17 +116,17 @@ def test_eight_devices_equal_one(world, one_device, trainable, axes):
 
 
 def test_frozen_parameters_cost_no_optimiser_state(world):
-    moving, frozen = split(init_params(world.model, jax.random.key(0)), ("connector/.*",))
+    moving, frozen = split(random_params(world.model), ("connector/.*",))
     state = make_optimizer(OptimizerConfig(), 10, moving).init(moving)
     sizes = {leaf.shape for leaf in jax.tree.leaves(state) if leaf.ndim}
     assert sizes == {leaf.shape for leaf in jax.tree.leaves(moving)}
-    assert flat(merge(moving, frozen)).keys() == flat(init_params(world.model, jax.random.key(0))).keys()
+    assert flat(merge(moving, frozen)).keys() == flat(random_params(world.model)).keys()
 
 
 def test_per_source_losses(world):
     batch = next(batches(world, True, 2))
     batch["source_ids"] = (np.arange(batch["tokens"].size).reshape(batch["tokens"].shape) % 3).astype(np.int32)
-    params = init_params(world.model, jax.random.key(0))
+    params = random_params(world.model)
     total = batch["loss_weights"].sum()
     loss, metrics = loss_sums(VLM(world.model), params, batch, batch["loss_weights"] / total, 3)
     np.testing.assert_allclose(metrics["source_loss"].sum() / total, loss, rtol=1e-5)
@@ -134,7 +135,7 @@ def test_per_source_losses(world):
 
 def test_a_misspelt_pattern_names_the_nearest(world):
     with pytest.raises(ConfigError, match="Did you mean 'connector/"):
-        split(init_params(world.model, jax.random.key(0)), ("conector/.*",))
+        split(random_params(world.model), ("conector/.*",))
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "constant"])

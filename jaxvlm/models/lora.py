@@ -13,14 +13,10 @@ def merge_lora(params: dict, config: LLMConfig) -> dict:
     """
     if not isinstance(params, dict):
         return params
-    merged = {
-        name: merge_lora(value, config) for name, value in params.items() if not name.startswith("lora_")
-    }
+    merged = {name: merge_lora(value, config) for name, value in params.items() if not name.startswith("lora_")}
     if "lora_a" in params:
         kernel, scale = params["kernel"], config.lora.alpha / config.lora.rank
-        low, up = (
-            params[name].astype(jnp.float32) for name in ("lora_a", "lora_b")
-        )  # [L, *in, r], [L, r, *out]
+        low, up = (params[name].astype(jnp.float32) for name in ("lora_a", "lora_b"))  # [L, *in, r], [L, r, *out]
         layers, rank = low.shape[0], low.shape[-1]
         update = low.reshape(layers, -1, rank) @ up.reshape(layers, rank, -1) * scale
         merged["kernel"] = (kernel + update.reshape(kernel.shape)).astype(kernel.dtype)

@@ -35,9 +35,7 @@ class Attention(nn.Module):
         shape, axes = (c.num_heads, c.width // c.num_heads), ("vision_heads", "head_dim")
 
         def project(name):
-            to_heads = Projection(
-                (c.width,), shape, ("vision_embed",), axes, self.dtype, bias=True, name=name
-            )
+            to_heads = Projection((c.width,), shape, ("vision_embed",), axes, self.dtype, bias=True, name=name)
             return constrain(to_heads(x), ("batch", "visual_length", *axes))
 
         q, k, v = project("q"), project("k"), project("v")  # [B, N, H, h]
@@ -113,9 +111,7 @@ class ViT(nn.Module):
         patches = pixels[:, : grid * p, : grid * p].reshape(batch, grid, p, grid, p, 3).swapaxes(2, 3)
         patches = patches.reshape(batch, grid * grid, p, p, 3)
         axes_in, axes_out = (None, None, None), ("vision_embed",)
-        to_width = Projection(
-            (p, p, 3), (c.width,), axes_in, axes_out, self.dtype, c.patch_bias, name="patch_embed"
-        )
+        to_width = Projection((p, p, 3), (c.width,), axes_in, axes_out, self.dtype, c.patch_bias, name="patch_embed")
         x = to_width(patches)  # [B, N, D]
         if c.class_token:
             x = jnp.concatenate([self._token("class_token", batch), x], axis=1)

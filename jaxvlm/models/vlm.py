@@ -132,9 +132,7 @@ def abstract_params(config: ModelConfig) -> dict:
 def logical_axes(config: ModelConfig) -> dict:
     """The tree of `init_params` with, for each leaf, the tuple of its dimensions' logical axis names (or None)."""
     boxed = jax.eval_shape(lambda rng: _init(config, rng), jax.random.key(0))
-    return jax.tree.map(
-        lambda box: tuple(box.names), boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata)
-    )
+    return jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
 
 
 def head_kernel(params: dict) -> jax.Array:

@@ -43,7 +43,7 @@ def train_stage(
 ) -> tuple[dict, StageResult]:
     """Trains `stage` from `params`, or from its newest checkpoint in `directory`; returns the new parameters.
 
-    Runs inside `jax.set_mesh`. Raises `Interrupted` after saving when SIGINT or SIGTERM arrives.
+    Runs inside `jax.set_mesh`, and takes the buffers of `params` over. Raises `Interrupted` after saving when SIGINT or SIGTERM arrives.
     """
     # Model and state ---------------------------------------------------------------------------------------------
     if stage.batch_size % stage.accumulate:

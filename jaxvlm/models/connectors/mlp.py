@@ -14,9 +14,7 @@ def num_layers(config: ConnectorConfig) -> int:
     """1 for 'linear', N for 'mlp{N}x_gelu'."""
     match = re.fullmatch(r"linear|mlp([1-9]\d*)x_gelu", config.kind)
     if not match:
-        raise ConfigError(
-            f"No connector '{config.kind}'; there are: linear, mlp2x_gelu (or mlp3x_gelu, ...)."
-        )
+        raise ConfigError(f"No connector '{config.kind}'; there are: linear, mlp2x_gelu (or mlp3x_gelu, ...).")
     return int(match[1] or 1)
 
 
