@@ -3,7 +3,7 @@
   pip install 'jaxvlm[emoji]'      # draws the SVG images; `npm` fetches them
   python -m jaxvlm.main --config configs/emoji.py --workdir runs/emoji
 
-6,382 pictures of 1,401 concepts in five art styles. The test asks for the name and the group of concepts and drawings that were
+6,211 pictures of 1,349 concepts in five art styles. The test asks for the name and the group of concepts and drawings that were
 never trained on, and yes/no questions with balanced answers. Naming an open vocabulary takes far more steps than eight
 colours do: expect groups well above chance and few exact names after these minutes.
 """

@@ -135,6 +135,10 @@ def test_too_little_disk_is_noticed_before_training(world, capsys, monkeypatch):
     assert not (world[0] / "run" / "metrics.jsonl").exists()
 
 
+def test_batch_that_does_not_divide(world, capsys):
+    fails(capsys, command(world, "--config.stages[0].batch_size=12"), "batch_size 12", "multiple of 8")
+
+
 def test_diverging_loss(world, capsys):
     huge = "--config.stages[0].optimizer.learning_rate=1e30"
     fails(capsys, command(world, huge), "stage 'align' became", "learning_rate")

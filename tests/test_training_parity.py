@@ -126,7 +126,9 @@ def test_thirty_steps_equal_torch(reference, tmp_path, name, file, template, tra
         rates.step()
         theirs.append(loss.item())
     np.testing.assert_allclose(ours, theirs, rtol=1e-4)
-    assert ours[-1] < (0.98 if name == "align" else 0.8) * ours[0]  # it learns (through a frozen random decoder: little)
+    assert (
+        ours[-1] < (0.98 if name == "align" else 0.8) * ours[0]
+    )  # it learns (through a frozen random decoder: little)
 
     oracle.save_pretrained(tmp_path / "after")
     _, expected = import_model(tmp_path / "after")

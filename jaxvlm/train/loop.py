@@ -21,6 +21,7 @@ from jaxvlm.train.metrics import Meter, StageResult
 from jaxvlm.train.optimizer import make_optimizer
 from jaxvlm.train.state import TrainState, cast, flat, merge, split
 from jaxvlm.train.step import make_step
+from jaxvlm.weights.saved import explain_full_disk
 
 
 class Interrupted(Exception):
@@ -46,8 +47,12 @@ def train_stage(
     Runs inside `jax.set_mesh`, and takes the buffers of `params` over. Raises `Interrupted` after saving when SIGINT or SIGTERM arrives.
     """
     # Model and state ---------------------------------------------------------------------------------------------
-    if stage.batch_size % stage.accumulate:
-        raise ConfigError(f"Stage '{stage.name}': batch_size {stage.batch_size} must divide by {stage.accumulate}.")
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if stage.batch_size % (shards * stage.accumulate):
+        raise ConfigError(
+            f"Stage '{stage.name}': batch_size {stage.batch_size} does not divide into {stage.accumulate} micro-batches over "
+            f"{shards} data-parallel devices. Make it a multiple of {shards * stage.accumulate}, or change config.mesh."
+        )
     model, num_steps = VLM(model_config), loader.num_steps
     trainable, frozen = split(params, stage.trainable)
     frozen = cast(frozen, jnp.dtype(model_config.dtype))  # nothing updates it: no float32 master is needed
@@ -73,7 +78,7 @@ def train_stage(
     meter = Meter(stage, model_config, state, num_steps, start, directory.parent.parent / "metrics.jsonl", log_every)
 
     # Loop --------------------------------------------------------------------------------------------------------
-    with contextlib.closing(saver), contextlib.closing(meter), _signals() as received:
+    with explain_full_disk(directory), contextlib.closing(saver), contextlib.closing(meter), _signals() as received:
         for step, batch in enumerate(loader.batches(start), start + 1):
             state, metrics = step_fn(state, put_batch(batch, mesh))
             meter.add(step, batch, metrics)

@@ -101,7 +101,7 @@ class Meter:
             "seconds": round(seconds, 4),
             "tokens_per_second": round(tokens / seconds, 1),
             "images_per_second": round(images / seconds, 2),
-            "mfu": round(flops / seconds / self.peak, 4),
+            "mfu": round(flops / seconds / self.peak, 6),
         }
         if len(self.stage.data.sources) > 1:
             means = metrics["source_loss"] / np.maximum(metrics["source_tokens"], 1)
