@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
 import resource
 import shutil
 import subprocess
 import sys
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -90,17 +88,10 @@ def claim_workdir(config: RunConfig, workdir: Path) -> None:
 
 def environment() -> dict[str, Any]:
     """Versions, devices and code revision: what a result depends on beside its config."""
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
-    git = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return {
-        "jaxvlm": jaxvlm.__version__,
-        "revision": git.stdout.strip() or None,
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in packages},
-        "devices": [device.device_kind for device in jax.devices()],
-    }
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    known = shutil.which("git") and subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    devices = [device.device_kind for device in jax.devices()]
+    return {**report.versions(), "revision": known or None, "devices": devices}
 
 
 def opening(config: RunConfig, workdir: Path) -> str:

@@ -89,7 +89,11 @@ def _answers(
     key = answer_key(engine, config, suffix, mode, seed)
     done = _resume(path, key)
     todo = [question for question in questions if question.id not in done]
-    requests = [tasks.request(question, suffix, image_of(question)) for question in todo]
+    alike: dict[tuple, list[Question]] = {}  # a greedy answer is the same for the same prompt: many are, without images
+    for question in todo:
+        alike.setdefault((question.text, image_of(question)), []).append(question)
+    groups = list(alike.values())
+    requests = [tasks.request(group[0], suffix, image_of(group[0])) for group in groups]
     progress = Progress(f"eval {mode}", len(todo), log)
     if len(todo) < len(questions):
         log(f"eval {mode}: {len(questions) - len(todo)} answers found in {path}.")
@@ -99,14 +103,15 @@ def _answers(
     for batch in batches:
         records = [
             {
-                "question_id": todo[index].id,
+                "question_id": question.id,
                 "prompt": requests[index]["messages"][0]["content"],
                 "text": text,
-                "answer": todo[index].answer,
-                "category": todo[index].category,
+                "answer": question.answer,
+                "category": question.category,
                 "image": requests[index]["images"][0] if requests[index]["images"] else None,
             }
             for index, text in batch
+            for question in groups[index]
         ]
         append_records(path, records)
         done |= {record["question_id"]: record["text"] for record in records}

@@ -44,7 +44,8 @@ def train_stage(
 ) -> tuple[dict, StageResult]:
     """Trains `stage` from `params`, or from its newest checkpoint in `directory`; returns the new parameters.
 
-    Runs inside `jax.set_mesh`, and takes the buffers of `params` over. Raises `Interrupted` after saving when SIGINT or SIGTERM arrives.
+    Runs inside `jax.set_mesh`, and takes the buffers of `params` over. Raises `ConfigError` for a batch that does not divide,
+    `DivergedError` when the loss is no number, and `Interrupted`, everything saved, when SIGINT or SIGTERM arrives.
     """
     # Model and state ---------------------------------------------------------------------------------------------
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
