@@ -71,7 +71,9 @@ def test_an_oracle_is_right_and_blind_it_is_not(oracle, config, data, tmp_path):
     assert scores["left"]["chance"] == 1 / len({r["answer"] for r in left})
     assert scores["left"]["gain"] == pytest.approx(1 - scores["left"]["blind"])
     blind = [request for request in engine.asked if not request["images"]]
-    assert len(blind) == 16 and not any("<image>" in request["messages"][0]["content"] for request in blind)
+    assert len(blind) == 2 and not any("<image>" in request["messages"][0]["content"] for request in blind)
+    answered = [json.loads(line) for line in (tmp_path / "answers-noimage.jsonl").read_text().splitlines()][1:]
+    assert sorted(a["question_id"] for a in answered) == sorted(r["question_id"] for r in records)  # asked once each
     assert results["info"]["majority"] == "training answers" and results["info"]["questions_per_second"] > 0
 
 
@@ -94,7 +96,7 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(oracle, config, tmp_path):
     path.write_bytes(path.read_bytes()[:-9])  # torn in the last record
     rest = Fake(oracle)
     resumed = run(rest, config, tmp_path / "part")
-    assert len(rest.asked) == 32 - 5
+    assert len(rest.asked) == 16 - 5 + 2  # blind, the two questions are asked once each
     assert resumed["scores"] == whole["scores"] and resumed["samples"] == whole["samples"]
 
 
@@ -116,7 +118,7 @@ def test_answers_of_another_model_or_prompt_are_refused(oracle, config, tmp_path
         run(Fake(oracle), dataclasses.replace(config, task="open"), tmp_path)
     engine = Fake(oracle, fingerprint="model-2")
     run(engine, config, tmp_path, overwrite=True)
-    assert len(engine.asked) == 32
+    assert len(engine.asked) == 16 + 2
 
 
 def test_samples_are_of_different_images_and_every_category(oracle, config, tmp_path):
