@@ -69,7 +69,9 @@ class Projection(nn.Module):
 
     def _contract(self, x, name, shape_in, shape_out, axes, init):
         kernel = self.param(name, nn.with_logical_partitioning(init, axes), (*shape_in, *shape_out))
-        return jnp.tensordot(x, kernel.astype(self.dtype), axes=len(shape_in))
+        # Two plain matrices: XLA's CPU backend copies transposes for the weight gradient of anything else.
+        flat = x.reshape(-1, math.prod(shape_in)) @ kernel.astype(self.dtype).reshape(math.prod(shape_in), -1)
+        return flat.reshape(*x.shape[: x.ndim - len(shape_in)], *shape_out)
 
 
 def layer_norm(eps: float, dtype: jnp.dtype, axis: str, name: str) -> nn.LayerNorm:
