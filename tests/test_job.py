@@ -101,12 +101,12 @@ def test_report_verb(finished, capsys):
     assert "sighted" in capsys.readouterr().out
 
 
-def test_exported_folder_is_imported_again(finished, tmp_path, capsys):
-    hf, back = tmp_path / "hf", tmp_path / "back"
+def test_export_refuses_what_has_no_hugging_face_class(finished, tmp_path, capsys):
+    hf = tmp_path / "hf"
     # The preset's linear connector has no Hugging Face class, and the refusal says so.
     assert main(["export", "--run", str(finished), "--out", str(hf)]) == 1
     assert "connector" in capsys.readouterr().err
-    assert not back.exists()
+    assert not hf.exists()
 
 
 @pytest.mark.parametrize("verb", ["chat", "generate", "eval", "import", "export", "report", "doctor"])

@@ -45,8 +45,6 @@ def with_parameters(notebook: nbformat.NotebookNode, **values: str) -> nbformat.
 
 
 def test_notebook_runs(notebook, tmp_path, monkeypatch):
-    if not (ROOT / "configs" / "quickstart.py").is_file():
-        pytest.skip("configs/quickstart.py is not there yet")
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     monkeypatch.delenv("XLA_FLAGS", raising=False)  # one device, as a first user has
     # The kernel of this very environment, whatever kernels the user has installed.
