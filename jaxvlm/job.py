@@ -121,9 +121,12 @@ def initial_params(config: RunConfig, mesh: Mesh) -> dict:
     shardings = param_shardings(logical_axes(config.model), abstract, mesh)
     loaded: dict[str, Any] = {}
     if config.init.model:
-        found, params = import_model(config.init.model)
-        require_same_model(found, config.model, config.init.model)
-        loaded = flat(params)
+
+        def placed_for(found: ModelConfig) -> dict:
+            require_same_model(found, config.model, config.init.model)
+            return shardings
+
+        loaded = flat(import_model(config.init.model, shardings=placed_for)[1])
     for part in PARTS:
         if path := getattr(config.init, part):
             subtree = import_part(path, part, config.model, shardings=shardings[part])

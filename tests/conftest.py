@@ -12,9 +12,6 @@ import os
 import shutil
 import socket
 import tempfile
-from pathlib import Path
-
-USER_CACHE = Path(os.environ.get("JAXVLM_CACHE") or Path.home() / ".cache" / "jaxvlm")
 
 # Eight devices cost a test that uses one 0.3 s of start and nothing a step (measured).
 # The flag of XLA rather than JAX_NUM_CPU_DEVICES: a test's child process that sets either one overrides it.
@@ -81,11 +78,3 @@ def no_network(monkeypatch):
 
     for name in ("connect", "connect_ex"):
         monkeypatch.setattr(socket.socket, name, guarded(name))
-
-
-@pytest.fixture(scope="session")
-def user_cache() -> Path:
-    """The user's own cache, for slow tests that want downloaded assets; they skip where it is empty."""
-    if not USER_CACHE.is_dir():
-        pytest.skip(f"{USER_CACHE} is empty; run `make quickstart` once.")
-    return USER_CACHE

@@ -11,13 +11,14 @@ import tiny
 
 from jaxvlm import job
 from jaxvlm.config import UserError, complete, differences, to_dict
+from jaxvlm.data.assets import toy
 from jaxvlm.main import load_config, main
 from jaxvlm.train import checkpoint
 
 
 @pytest.fixture
 def world(tmp_path):
-    config = tiny.run_config(tiny.write_dataset(tmp_path / "data"), tiny.write_tokenizer(tmp_path / "tok"))
+    config = tiny.run_config(toy.write_dataset(tmp_path / "data"), toy.write_tokenizer(tmp_path / "tok"))
     config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, task=""))
     return tmp_path, config
 

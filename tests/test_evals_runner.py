@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny
 
 from jaxvlm.config import EvalConfig, PromptConfig
+from jaxvlm.data.assets import toy
 from jaxvlm.evals import runner
 from jaxvlm.evals.tasks import EvalError
 
@@ -33,7 +33,7 @@ class Fake:
 
 @pytest.fixture
 def data(tmp_path):
-    return tiny.write_dataset(tmp_path / "data", count=8)
+    return toy.write_dataset(tmp_path / "data", count=8)
 
 
 @pytest.fixture

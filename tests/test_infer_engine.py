@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxvlm.config import EvalConfig, MeshConfig, PromptConfig, UserError
+from jaxvlm.data.assets import toy
 from jaxvlm.data.tokenizer import Tokenizer
 from jaxvlm.evals import runner
 from jaxvlm.infer import decoding
@@ -34,7 +35,7 @@ def user(text: str, *images, **more) -> dict:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    return tiny.write_tokenizer(folder / "tokenizer"), tiny.write_dataset(folder / "data", count=6)
+    return toy.write_tokenizer(folder / "tokenizer"), toy.write_dataset(folder / "data", count=6)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ import pytest
 import tiny
 
 from jaxvlm.config import to_dict
+from jaxvlm.data.assets import toy
 from jaxvlm.train.metrics import read_metrics
 from jaxvlm.train.state import flat
 from jaxvlm.weights.saved import load_model
@@ -26,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("resume")
-    config = tiny.run_config(tiny.write_dataset(folder / "data"), tiny.write_tokenizer(folder / "tok"))
+    config = tiny.run_config(toy.write_dataset(folder / "data"), toy.write_tokenizer(folder / "tok"))
     values = to_dict(config)
     for stage in values["stages"]:
         stage["steps"] = 40

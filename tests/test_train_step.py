@@ -13,6 +13,7 @@ import tiny
 from hf_copy import random_params
 
 from jaxvlm.config import ConfigError, MeshConfig, OptimizerConfig
+from jaxvlm.data.assets import toy
 from jaxvlm.data.loader import Loader
 from jaxvlm.models.vlm import VLM
 from jaxvlm.parallel.mesh import make_mesh
@@ -26,7 +27,7 @@ from jaxvlm.train.step import loss_sums, make_step
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    return tiny.run_config(tiny.write_dataset(folder / "data"), tiny.write_tokenizer(folder / "tok"))
+    return tiny.run_config(toy.write_dataset(folder / "data"), toy.write_tokenizer(folder / "tok"))
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from jaxvlm.config import CheckpointConfig, DataConfig, MeshConfig, OptimizerConfig, SourceConfig, StageConfig
+from jaxvlm.data.assets import toy
 from jaxvlm.data.loader import Loader
 from jaxvlm.parallel.mesh import make_mesh
 from jaxvlm.train.loop import train_stage
@@ -84,7 +85,7 @@ def _torch_inputs(batch: dict, vision) -> dict:
     ],
 )
 def test_thirty_steps_equal_torch(reference, tmp_path, name, file, template, trains, optimizer):
-    data, tokenizer = tiny.write_dataset(tmp_path / "data", 20), tiny.write_tokenizer(tmp_path / "tok")
+    data, tokenizer = toy.write_dataset(tmp_path / "data", 20), toy.write_tokenizer(tmp_path / "tok")
     prompt = tiny.run_config(data, tokenizer).prompt
     model, params = import_model(reference)
     model = dataclasses.replace(model, dtype="float32", remat="full")

@@ -18,15 +18,6 @@ from jaxvlm.config import (
     StageConfig,
     VisionConfig,
 )
-from jaxvlm.data.assets import toy
-
-
-def write_tokenizer(folder: Path) -> Path:
-    return toy.write_tokenizer(folder)
-
-
-def write_dataset(folder: Path, count: int = 24) -> Path:
-    return toy.write_dataset(folder, count)
 
 
 def model_config(**changes) -> ModelConfig:

@@ -53,7 +53,7 @@ def write_tokenizer(folder: Path) -> Path:
     return folder
 
 
-def write_dataset(folder: Path, count: int, seed: int = 0) -> Path:
+def write_dataset(folder: Path, count: int = 24, seed: int = 0) -> Path:
     """`count` pictures with a caption, a conversation (one in six is text only) and two questions each."""
     rng, choice = np.random.default_rng(seed), random.Random(seed)
     (folder / "images").mkdir(parents=True, exist_ok=True)
