@@ -133,7 +133,7 @@ def padded_rows(config, stage, batch, features) -> dict:
     """As many conversations as `batch` holds, one a row, padded to the longest: the reference trainers' batch."""
     count = sum(int(row.max()) for row in batch["segment_ids"])
     data = dataclasses.replace(stage.data, packing=False, images_per_row=1)
-    loader = Loader(data, config.prompt, config.model.vision, batch_size=count, steps=1, seed=0, features=features)
+    loader = Loader(data, config.prompt, config.model, batch_size=count, steps=1, seed=0, features=features)
     rows = next(loader.batches(0))
     longest = int((rows["segment_ids"] > 0).sum(1).max())
     return {k: v[:, :longest] if k not in ("features", "tile_mask") else v for k, v in rows.items()}
@@ -158,11 +158,9 @@ def main() -> None:
 
     images = sorted(str(path) for path in Path(resolve("asset:easy-vqa/images/train")).iterdir())
     rng = np.random.default_rng(0)
-    shape = (len(images), model.vision.num_tokens, model.vision.width)
+    shape = (len(images), model.vision.num_tokens, model.vision.feature_width)
     features = rng.normal(size=shape).astype(np.float32), {path: i for i, path in enumerate(images)}
-    loader = Loader(
-        stage.data, config.prompt, model.vision, batch_size=stage.batch_size, steps=4, seed=0, features=features
-    )
+    loader = Loader(stage.data, config.prompt, model, batch_size=stage.batch_size, steps=4, seed=0, features=features)
     batch = next(loader.batches(0))
 
     mesh = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])

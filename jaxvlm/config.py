@@ -27,19 +27,22 @@ class ConfigError(UserError):
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A vision tower: pixels `[*, image_size, image_size, 3]` to features `[*, num_tokens, width]`.
+    """A vision tower: pixels `[*, image_size, image_size, 3]` to features `[*, num_tokens, feature_width]`.
 
-    One ViT serves CLIP, SigLIP and DINOv2 by these values alone (recipes §1.1 A1, §3.5).
-    `feature_layer` indexes Hugging Face's `hidden_states`: -1 is the output of the last layer, -2 of the one before.
+    One ViT serves CLIP, SigLIP, DINOv2, EVA-CLIP and supervised ViTs by these values alone (recipes §1.1 A1, §3.5).
+    `feature_layers` index Hugging Face's `hidden_states`: -1 is the output of the last layer, -2 of the one before;
+    several are concatenated by channel. `kind = 'fused'` is several `towers` side by side, whose grids must match
+    unless the connector takes each by itself (SVA); of the other fields it reads none.
     """
 
-    kind: str = "vit"  # vit | efficientnet_lite
+    kind: str = "vit"  # vit | convnext | efficientnet_lite | fused
     image_size: int = 336
-    patch_size: int = 14  # the stride of the feature grid; 32 for efficientnet_lite
+    patch_size: int = 14  # the stride of the feature grid; 32 for the convolutional towers
     width: int = 1024
     depth: int = 24
     num_heads: int = 16
     mlp_dim: int = 4096
+    mlp: str = "plain"  # plain | swiglu (DINOv2 giant)
     activation: str = "quick_gelu"  # quick_gelu | gelu_tanh | gelu_erf
     norm_eps: float = 1e-5
     class_token: bool = True
@@ -47,31 +50,104 @@ class VisionConfig:
     patch_bias: bool = False
     pre_norm: bool = True  # CLIP's norm before the first layer
     layer_scale: bool = False  # DINOv2's learned residual scales
-    feature_layer: int = -2
+    stage_depths: tuple[int, ...] = ()  # convnext: blocks of each stage
+    stage_widths: tuple[int, ...] = ()
+    feature_layers: tuple[int, ...] = (-2,)  # of a convnext: its stages, resized to the first one's grid
     feature_norm: bool = False  # apply the tower's final norm to the selected features
     feature_tokens: str = "patch"  # patch | cls_patch
     pool: int = 1  # average the grid over pool x pool cells before the connector
+    resized_grid: int = 0  # bilinear resizing of the grid to n x n cells (Cambrian's `-interp`); 0 leaves it
+    scales: tuple[int, ...] = (1,)  # S2: also see the image at these multiples of image_size, in image_size tiles
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    towers: tuple[VisionConfig, ...] = ()
+
+    @property
+    def parts(self) -> tuple[VisionConfig, ...]:
+        """The towers that look at the image: this one, or those of a fused one."""
+        return self.towers if self.kind == "fused" else (self,)
+
+    @property
+    def input_size(self) -> int:
+        """Pixels on one side of what the host prepares for this tower (S2 takes its largest scale)."""
+        return self.image_size * max(self.scales)
 
     @property
     def grid(self) -> int:
-        """Cells on one side of the feature grid, after pooling."""
-        return self.image_size // self.patch_size // self.pool
+        """Cells on one side of the feature grid, after pooling and resizing."""
+        if self.kind == "fused":
+            return self.towers[0].grid
+        return self.resized_grid or self.image_size // self.patch_size // self.pool
 
     @property
     def num_tokens(self) -> int:
-        """Visual tokens of one tile."""
+        """Visual tokens of one tile, before the connector."""
+        if self.kind == "fused":
+            return self.towers[0].num_tokens
         return self.grid**2 + (self.feature_tokens == "cls_patch")
+
+    @property
+    def feature_width(self) -> int:
+        """Channels of the features: all towers, scales and selected layers concatenated."""
+        if self.kind == "fused":
+            return sum(tower.feature_width for tower in self.towers)
+        if self.kind == "convnext":
+            return sum(self.stage_widths[layer] for layer in self.feature_layers)
+        return self.width * len(self.feature_layers) * len(self.scales)
+
+
+@dataclass(frozen=True)
+class QFormerConfig:
+    """BLIP-2's querying transformer (Li et al. 2023), a BERT whose queries cross-attend to the image."""
+
+    num_queries: int = 32
+    width: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_dim: int = 3072
+    cross_every: int = 2  # layers 0, n, 2n, ... have cross-attention
+    norm_eps: float = 1e-12
+    text_vocab_size: int = 0  # InstructBLIP: the queries attend to the instruction's tokens too; 0 = BLIP-2
+    text_positions: int = 512
+
+
+@dataclass(frozen=True)
+class ResamplerConfig:
+    """Qwen-VL's single cross-attention with fixed 2-D sine-cosine positions."""
+
+    num_queries: int = 256
+    num_heads: int = 32
+
+
+@dataclass(frozen=True)
+class SVAConfig:
+    """Cambrian's Spatial Vision Aggregator (Tong et al. 2024, §3; recipes §1.1 A7)."""
+
+    width: int = 1024
+    num_heads: int = 16
+    depth: int = 3
+    groups: int = 1
+    grid: int = 24  # queries on one side
+    llm_layers: tuple[int, ...] = ()  # decoder layers before which an aggregator adds to the visual tokens
 
 
 @dataclass(frozen=True)
 class ConnectorConfig:
-    """Vision features to the language model's width: `linear`, or LLaVA's `mlp{N}x_gelu` (recipes §1.1 A2)."""
+    """Vision features to the language model's width (recipes §1.1 A2).
+
+    Kinds: `linear`; LLaVA's `mlp{N}x_gelu`; Prismatic's `fused_mlp`; `pixel_shuffle` (cells folded into channels, then
+    one linear layer); `qformer`; `resampler`; `sva`.
+    """
 
     kind: str = "mlp2x_gelu"
     activation: str = "gelu_erf"
     input_norm: bool = False  # a LayerNorm on the features first (towers whose features have uneven scales)
+    bias: bool = True
+    row_end: bool = False  # a learned token, `image_newline`, where the layout ends a row of the grid
+    shuffle: int = 2  # pixel_shuffle: n x n cells become one
+    qformer: QFormerConfig = field(default_factory=QFormerConfig)
+    resampler: ResamplerConfig = field(default_factory=ResamplerConfig)
+    sva: SVAConfig = field(default_factory=SVAConfig)
 
 
 @dataclass(frozen=True)
@@ -84,8 +160,22 @@ class LoRAConfig:
 
 
 @dataclass(frozen=True)
+class RopeScalingConfig:
+    """Rotary positions stretched beyond the pre-training length, as Hugging Face names and computes the kinds."""
+
+    kind: str = "default"  # default | linear | llama3 | longrope
+    factor: float = 1.0
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192  # llama3, longrope
+    short_factor: tuple[float, ...] = ()  # longrope: a factor for each pair of dimensions
+    long_factor: tuple[float, ...] = ()
+    attention_factor: float = 1.0  # longrope: multiplies cos and sin
+
+
+@dataclass(frozen=True)
 class LLMConfig:
-    """A Llama-shaped decoder: Llama, Vicuna, Mistral, Qwen2 and SmolLM2 differ in these values only."""
+    """A decoder: Llama, Vicuna, Mistral, Qwen2 and 3, Phi-2 and 3, Gemma 2 and 3, OPT, SmolLM2 differ in these values only."""
 
     vocab_size: int = 32000
     width: int = 4096
@@ -94,11 +184,29 @@ class LLMConfig:
     num_kv_heads: int = 32
     head_dim: int = 128
     mlp_dim: int = 11008
-    rope_theta: float = 10000.0
+    norm: str = "rms"  # rms | rms_plus_one (Gemma: the scale is 1 + the parameter) | layer (with a bias)
     norm_eps: float = 1e-5
+    post_norms: bool = False  # Gemma: also after attention and after the MLP, before the residual
+    qk_norm: bool = False  # the same norm over each head of q and k (Qwen3, Gemma 3)
+    parallel: bool = False  # Phi-2: attention and MLP read one norm's output and are added together
+    activation: str = "silu"  # silu | gelu_tanh | gelu_erf | relu
+    gated: bool = True  # act(gate) * up (SwiGLU and kin), or act(up) alone
     qkv_bias: bool = False
+    out_bias: bool = False  # on attention's output projection
+    mlp_bias: bool = False
+    head_bias: bool = False
     tie_embeddings: bool = False
+    embed_scale: float = 1.0  # multiplies the embeddings of tokens (Gemma: sqrt(width))
+    learned_positions: bool = False  # OPT: a table of max_positions rows in place of rotary angles
+    rope_theta: float = 10000.0
+    rope_local_theta: float | None = None  # Gemma 3: of the layers with a sliding window
+    rope_fraction: float = 1.0  # Phi-2 turns only the first dimensions of each head
+    rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
+    attn_scale: float | None = None  # of the scores; None is head_dim ** -0.5
+    attn_softcap: float | None = None  # Gemma 2: cap * tanh(scores / cap)
+    logit_softcap: float | None = None
     sliding_window: int | None = None
+    full_layers: tuple[int, ...] = ()  # layers that see everything although there is a sliding window
     max_positions: int = 4096
     lora: LoRAConfig = field(default_factory=LoRAConfig)
 
@@ -112,6 +220,18 @@ class ModelConfig:
     llm: LLMConfig = field(default_factory=LLMConfig)
     dtype: str = "bfloat16"  # compute dtype; trainable parameters are float32 masters
     remat: str = "full"  # none | dots | full: what the backward pass recomputes, in both towers
+
+    @property
+    def tile_tokens(self) -> int:
+        """Visual tokens of one tile in the language model's sequence, row ends apart (P)."""
+        connector = self.connector
+        if connector.kind == "pixel_shuffle":
+            return (self.vision.grid // connector.shuffle) ** 2
+        if connector.kind == "sva":
+            return connector.sva.grid**2
+        if connector.kind in ("qformer", "resampler"):
+            return getattr(connector, connector.kind).num_queries
+        return self.vision.num_tokens
 
 
 @dataclass(frozen=True)

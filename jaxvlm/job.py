@@ -201,7 +201,7 @@ def stage_loader(
     return Loader(
         stage.data,
         config.prompt,
-        config.model.vision,
+        config.model,
         batch_size=stage.batch_size,
         steps=stage.steps,
         epochs=stage.epochs,

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxvlm.config import VisionConfig
+from jaxvlm.config import ModelConfig, VisionConfig
 from jaxvlm.data import DataError
 from jaxvlm.data.conversation import IMAGE_TOKEN, Encoded
 from jaxvlm.data.layout import LAYOUTS, splice, visual_tokens
@@ -17,9 +17,12 @@ def encoded(tokens, weights=None):
 
 
 def test_visual_tokens_is_the_configs_count():
-    assert visual_tokens(VisionConfig()) == 576
-    assert visual_tokens(VisionConfig(image_size=224, feature_tokens="cls_patch")) == 257
-    assert visual_tokens(VisionConfig(image_size=128, patch_size=32, pool=2)) == 4
+    def tokens(**vision):
+        return visual_tokens(ModelConfig(vision=VisionConfig(**vision)))
+
+    assert tokens() == 576
+    assert tokens(image_size=224, feature_tokens="cls_patch") == 257
+    assert tokens(image_size=128, patch_size=32, pool=2) == 4
 
 
 @pytest.mark.parametrize("layout", ["llava", "hf"])

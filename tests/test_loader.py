@@ -8,7 +8,7 @@ import pytest
 from data_helpers import llama_tokenizer, record, turns
 from PIL import Image
 
-from jaxvlm.config import DataConfig, PromptConfig, SourceConfig, VisionConfig
+from jaxvlm.config import DataConfig, ModelConfig, PromptConfig, SourceConfig, VisionConfig
 from jaxvlm.data import DataError
 from jaxvlm.data.image import load_image, transform
 from jaxvlm.data.loader import Loader, epoch_rows
@@ -16,6 +16,7 @@ from jaxvlm.data.packing import plan
 from jaxvlm.data.rows import Samples
 
 VISION = VisionConfig(image_size=28, patch_size=14)  # 4 visual tokens
+MODEL = ModelConfig(vision=VISION)
 KEYS = {"tokens", "visual_index", "positions", "segment_ids", "targets", "loss_weights", "source_ids"}
 
 
@@ -53,7 +54,7 @@ def loader(folder, *, names="ab", data=None, prompt=None, fraction=1.0, **option
     base = dict(tokenizer=str(folder / "tokenizer"), template="prism", length=128)
     prompt = PromptConfig(**base | (prompt or {}))
     options = dict(batch_size=4, seed=0, cache_dir=folder / "cache") | options
-    return Loader(DataConfig(sources=tuple(sources), **settings), prompt, VISION, **options)
+    return Loader(DataConfig(sources=tuple(sources), **settings), prompt, MODEL, **options)
 
 
 def same(a, b):

@@ -23,7 +23,7 @@ SIGLIP = replace(
     class_token=False,
     patch_bias=True,
     pre_norm=False,
-    feature_layer=-1,
+    feature_layers=(-1,),
 )
 DINOV2 = replace(
     SIGLIP,
@@ -85,9 +85,9 @@ def test_features_equal_transformers(family):
     prefix = ours.class_token + ours.num_registers
 
     def state_of(c):
-        return expected.last_hidden_state if c.feature_norm else expected.hidden_states[c.feature_layer]
+        return expected.last_hidden_state if c.feature_norm else expected.hidden_states[c.feature_layers[0]]
 
-    for c in (ours, replace(ours, feature_norm=False, feature_layer=-2)):
+    for c in (ours, replace(ours, feature_norm=False, feature_layers=(-2,))):
         close(encode(c, copy_vit(state, c), pixels), state_of(c)[:, prefix:].numpy())
     if family == "CLIPVision":
         c = replace(ours, feature_tokens="cls_patch")
@@ -99,11 +99,11 @@ def vision_params(config, seed=0):
 
 
 def test_only_the_needed_layers_are_built():
-    assert [num_layers(replace(CLIP, feature_layer=i)) for i in (-1, -2, 1, 3)] == [3, 2, 1, 3]
+    assert [num_layers(replace(CLIP, feature_layers=(i,))) for i in (-1, -2, 1, 3)] == [3, 2, 1, 3]
     tree = abstract_params(ModelConfig(vision=CLIP, llm=LLM))["vision"]
     assert tree["layers"]["mlp"]["up"]["kernel"].shape[0] == 2 and "post_norm" not in tree
-    with pytest.raises(ConfigError, match="feature_layer = -4 names no layer"):
-        num_layers(replace(CLIP, feature_layer=-4))
+    with pytest.raises(ConfigError, match="-4 names no layer"):
+        num_layers(replace(CLIP, feature_layers=(-4,)))
 
 
 def test_pooling_averages_cells_and_keeps_the_class_token():

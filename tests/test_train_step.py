@@ -39,7 +39,7 @@ def one_device():
 def batches(world, packing: bool, batch_size: int, **changes):
     stage = world.stages[1]
     data = dataclasses.replace(stage.data, packing=packing, virtual_shards=1, **changes)
-    return Loader(data, world.prompt, world.model.vision, batch_size=batch_size, epochs=1.0, seed=3).batches(0)
+    return Loader(data, world.prompt, world.model, batch_size=batch_size, epochs=1.0, seed=3).batches(0)
 
 
 def mean_loss_and_gradients(model, params, parts):

@@ -98,7 +98,7 @@ def test_thirty_steps_equal_torch(reference, tmp_path, name, file, template, tra
         batch_size=4,
         steps=STEPS,
     )
-    loader = Loader(stage.data, prompt, model.vision, batch_size=4, steps=STEPS, seed=0)
+    loader = Loader(stage.data, prompt, model, batch_size=4, steps=STEPS, seed=0)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh):
         trained, _ = train_stage(

@@ -128,7 +128,7 @@ def test_every_leaf_equals_torch(saved, kind):
 
 def test_feature_norm_and_last_layer(saved):
     folder, weights = saved("siglip")
-    config = dataclasses.replace(config_from(folder)[1], feature_layer=-1, feature_norm=True)
+    config = dataclasses.replace(config_from(folder)[1], feature_layers=(-1,), feature_norm=True)
     params = import_part(folder, "vision", config)
     assert params["layers"]["norm1"]["scale"].shape == (3, 24)
     np.testing.assert_array_equal(params["post_norm"]["bias"], weights["post_layernorm.bias"])
@@ -252,7 +252,6 @@ def test_our_defaults_are_transformers_defaults_text(tmp_path, kind):
         ({"attention_bias": True}, "attention_bias = True is not supported"),
         ({"hidden_act": "relu"}, "hidden_act 'relu'"),
         ({"model_type": "llava", "mm_vision_tower": "x"}, "LLaVA's original format"),
-        ({"model_type": "llava", "vision_feature_layer": [-2, -5]}, "several layers"),
         (
             {"model_type": "llava", "vision_config": {"model_type": "siglip_vision_model"}, "text_config": TEXT},
             "drops the first token",

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxvlm.config import VisionConfig
+from jaxvlm.config import ModelConfig
 from jaxvlm.data import DataError
 from jaxvlm.data.conversation import IMAGE_TOKEN, Encoded
 
@@ -31,9 +31,9 @@ class Spliced(NamedTuple):
     truncated: bool
 
 
-def visual_tokens(vision: VisionConfig) -> int:
-    """Visual tokens of one image (P). Planner, packer and model all take it from here."""
-    return vision.num_tokens
+def visual_tokens(model: ModelConfig) -> int:
+    """Visual tokens of one tile (P). Planner, packer and model all take it from here."""
+    return model.tile_tokens
 
 
 def splice(

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxvlm.config import DataConfig, PromptConfig, VisionConfig
+from jaxvlm.config import DataConfig, ModelConfig, PromptConfig
 from jaxvlm.data import DataError
 from jaxvlm.data.conversation import check_template
 from jaxvlm.data.image import transform_version
@@ -49,7 +49,7 @@ class Loader:
         self,
         data: DataConfig,
         prompt: PromptConfig,
-        vision: VisionConfig,
+        model: ModelConfig,
         *,
         batch_size: int,
         seed: int,
@@ -72,7 +72,7 @@ class Loader:
         check_template(tokenizer, prompt.template)
         pixels = transform_version(prompt.transform)
 
-        splicing = splice_settings(prompt, tokenizer, visual_tokens(vision), data.images_per_row)
+        splicing = splice_settings(prompt, tokenizer, visual_tokens(model), data.images_per_row)
         cache = cache_folder(cache_dir) / "tables"
         self._tables = [
             str(cached_table(source, prompt.template, splicing, tokenizer, (seed, i), cache, log))
@@ -86,7 +86,7 @@ class Loader:
             raise DataError(f"No usable record is left in {', '.join(source.path for source in data.sources)}.")
 
         packing = [data.packing, data.virtual_shards, data.images_per_row]
-        settings = [packing, splicing, pixels, vision.image_size, vision.mean]
+        settings = [packing, splicing, pixels, model.vision.image_size, model.vision.mean]
         self._rows, self._row_offsets, first = self._plan(steps, epochs)
         self.num_rows = len(self._row_offsets) - 1
         self.num_steps = -(-self.num_rows // batch_size)
@@ -101,8 +101,8 @@ class Loader:
             folders=[source.images for source in data.sources],
             splicing=splicing,
             transform=prompt.transform,
-            image_size=vision.image_size,
-            mean=vision.mean,
+            image_size=model.vision.image_size,
+            mean=model.vision.mean,
             skip_bad_images=data.bad_records == "skip",
             features=features,
         )

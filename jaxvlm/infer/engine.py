@@ -232,7 +232,7 @@ class Engine:
                 f"{self.config.llm.vocab_size} tokens. It belongs to another model; see prompt.tokenizer."
             )
         limit = self.config.llm.max_positions
-        visual = visual_tokens(self.config.vision)
+        visual = visual_tokens(self.config)
         length = len(tokens) + len(images) * (visual - 1)
         if length >= limit:
             parts = f", {len(images) * visual} of them of images" if images else ""

@@ -15,14 +15,15 @@ from jaxvlm.models.layers import Projection, activation, constrain, layer_norm, 
 
 
 def num_layers(config: VisionConfig) -> int:
-    """How many layers the features need; `feature_layer` indexes Hugging Face's `hidden_states`."""
-    layers = config.feature_layer + (config.depth + 1 if config.feature_layer < 0 else 0)
-    if not 1 <= layers <= config.depth:
-        raise ConfigError(
-            f"vision.feature_layer = {config.feature_layer} names no layer of a tower of depth {config.depth}; "
-            f"use -1 (the last) to -{config.depth}, or 1 to {config.depth}."
-        )
-    return layers
+    """How many layers the features need; `feature_layers` index Hugging Face's `hidden_states`."""
+    layers = [layer + (config.depth + 1 if layer < 0 else 0) for layer in config.feature_layers]
+    for given, layer in zip(config.feature_layers, layers, strict=True):
+        if not 1 <= layer <= config.depth:
+            raise ConfigError(
+                f"vision.feature_layers: {given} names no layer of a tower of depth {config.depth}; "
+                f"use -1 (the last) to -{config.depth}, or 1 to {config.depth}."
+            )
+    return max(layers)
 
 
 class Attention(nn.Module):

@@ -37,7 +37,7 @@ def cached_features(
     stats = [(path, (stat := Path(path).stat()).st_size, stat.st_mtime_ns) for path in images]
     key = [to_dict(config.vision), config.dtype, transform_name, _checksum(vision_params), stats]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    shape = (len(images), config.vision.num_tokens, config.vision.width)
+    shape = (len(images), config.vision.num_tokens, config.vision.feature_width)
     dtype = jnp.dtype(config.dtype)
     data, done = directory / f"features-{digest}.bin", directory / f"features-{digest}.json"
     if not done.is_file():

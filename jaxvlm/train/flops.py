@@ -57,7 +57,7 @@ def vision_flops(vision: VisionConfig) -> float:
     if vision.kind == "efficientnet_lite":
         return 2 * 0.384e9 * (vision.image_size / 224) ** 2  # multiply-adds at 224 px, scaled by area
     tokens = (vision.image_size // vision.patch_size) ** 2 + vision.class_token + vision.num_registers
-    depth = vision.depth + 1 + vision.feature_layer if vision.feature_layer < 0 else vision.feature_layer
+    depth = max(vision.depth + 1 + layer if layer < 0 else layer for layer in vision.feature_layers)
     layer = 4 * vision.width**2 + 2 * vision.width * vision.mlp_dim
     patch = 3 * vision.patch_size**2 * vision.width
     return 2 * tokens * (patch + depth * layer) + 4 * depth * tokens**2 * vision.width
@@ -65,7 +65,7 @@ def vision_flops(vision: VisionConfig) -> float:
 
 def connector_params_per_token(model: ModelConfig) -> int:
     """Multiply-adds of one visual token through the connector."""
-    hidden = model.vision.width * model.llm.width
+    hidden = model.vision.feature_width * model.llm.width
     layers = 1 if model.connector.kind == "linear" else int(model.connector.kind[3:].split("x")[0])
     return hidden + (layers - 1) * model.llm.width**2
 

@@ -22,8 +22,9 @@ from flax.traverse_util import flatten_dict
 from jaxvlm.config import ModelConfig, PromptConfig
 from jaxvlm.weights import axes as layout
 from jaxvlm.weights import hf_files
+from jaxvlm.weights.families import CLIP, CONNECTOR, LLAMA, SIGLIP, Family
+from jaxvlm.weights.families.llava import LLAVA_EXPORT
 from jaxvlm.weights.readers import WeightsError
-from jaxvlm.weights.rules import CLIP, CONNECTOR, LLAMA, LLAVA_EXPORT, SIGLIP, Family
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxvlm.config import LLMConfig, ModelConfig, PromptConfig, VisionConfig
-from jaxvlm.weights.configs import ACTIVATIONS
+from jaxvlm.weights.hf_config import ACTIVATIONS
 from jaxvlm.weights.readers import WeightsError
 
 HF_ACTIVATIONS = {ours: name for name, ours in reversed(ACTIVATIONS.items())}
@@ -79,7 +79,9 @@ def write_configs(
         "image_token_index": tokenizer.image_id,
         "multimodal_projector_bias": True,
         "projector_hidden_act": HF_ACTIVATIONS[model.connector.activation],
-        "vision_feature_layer": vision.feature_layer,
+        "vision_feature_layer": vision.feature_layers[0]
+        if len(vision.feature_layers) == 1
+        else list(vision.feature_layers),
         "vision_feature_select_strategy": strategy,
         "tie_word_embeddings": model.llm.tie_embeddings,
         "vision_config": vision_config(vision),

@@ -18,14 +18,15 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxvlm.config import LLMConfig, ModelConfig, VisionConfig
 from jaxvlm.weights.configs import identify
+from jaxvlm.weights.families import CONNECTOR, FAMILIES, LLAMA, Family
+from jaxvlm.weights.families.llava import split_llava_name
 from jaxvlm.weights.plan import ImportReport, Leaf, plan_part
 from jaxvlm.weights.readers import Index, TensorSource, WeightsError, open_source
-from jaxvlm.weights.rules import CONNECTOR, FAMILIES, LLAMA, Family, split_llava_name
 
 Dtype = Any  # a dtype, or a function from a parameter's path to one
 
 # Where a run may differ from what a checkpoint says of itself: which features are taken, and what changes no weight.
-FREE = {"feature_layer", "feature_norm", "feature_tokens", "pool", "mean", "std", "image_size", "activation"}
+FREE = {"feature_layers", "feature_norm", "feature_tokens", "pool", "mean", "std", "image_size", "activation"}
 FREE |= {"max_positions", "sliding_window", "lora"}
 OF_A_CONV_TOWER = {"kind", "width"}  # all that describes one; the rest is in its weights
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from jaxvlm.weights import axes as layout
+from jaxvlm.weights.families.base import Family, Rule
 from jaxvlm.weights.readers import Index, TensorSource, WeightsError
-from jaxvlm.weights.rules import Family, Rule
 
 
 @dataclass
