@@ -74,6 +74,11 @@ def test_characters_come_as_soon_as_they_are_whole():
     assert writer.add(0xE2) == "" and writer.finish() == BROKEN
 
 
+def test_an_unfinished_character_is_no_stop():
+    writer = Detokenizer(decode_bytes, [BROKEN])
+    assert [writer.add(byte) for byte in "é".encode()] == ["", "é"] and not writer.stopped
+
+
 def test_a_possible_stop_is_held_back():
     writer = Detokenizer(decode_bytes, ["END"])
     assert [writer.add(byte) for byte in b"aENb"] == ["a", "", "", "ENb"]

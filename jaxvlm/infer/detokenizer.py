@@ -29,11 +29,10 @@ class Detokenizer:
     def add(self, token: int) -> str:
         """Takes a token and returns the text that is now certain."""
         self.ids.append(token)
-        text = self.decode(self.ids)
+        text = self.decode(self.ids).rstrip(BROKEN)
         cut = cut_at(text, self.stops)
         self.stopped = len(cut) < len(text)
         if not self.stopped:
-            cut = cut.rstrip(BROKEN)
             held = max((_overlap(cut, stop) for stop in self.stops), default=0)
             cut = cut[: len(cut) - held]
         return self._give(cut)
