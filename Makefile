@@ -24,7 +24,7 @@ unexport PYTHONDONTWRITEBYTECODE
 unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow test-plan test-gpu lint format bench notebook clean
+.PHONY: help setup quickstart test test-slow test-plan test-gpu lint format bench models notebook clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -66,6 +66,13 @@ format: $(DEV) ## let ruff rewrite what it can, notebooks in step (seconds)
 
 bench: $(TEST) ## this machine's speed beside torch's (about 5 minutes on an idle machine)
 	$(BIN)/python benchmarks/cpu_step.py $(ARGS)
+
+models: $(TEST) ## docs/models.md anew: every family, and the error that its tests measure (minutes)
+	rm -f docs/parity.jsonl
+	JAXVLM_PARITY_LOG=$(CURDIR)/docs/parity.jsonl $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile \
+		$$(grep -l record_parity tests/test_*.py)
+	sort -o docs/parity.jsonl docs/parity.jsonl
+	$(BIN)/python docs/make_models.py
 
 notebook: $(TEST) ## make colab/*.ipynb from the .py beside it (seconds)
 	$(BIN)/jupytext --update --to ipynb colab/quickstart.py

@@ -132,7 +132,7 @@ def seconds(call) -> float:
 def padded_rows(config, stage, batch, features) -> dict:
     """As many conversations as `batch` holds, one a row, padded to the longest: the reference trainers' batch."""
     count = sum(int(row.max()) for row in batch["segment_ids"])
-    data = dataclasses.replace(stage.data, packing=False, images_per_row=1)
+    data = dataclasses.replace(stage.data, packing=False, tiles_per_row=1)
     loader = Loader(data, config.prompt, config.model, batch_size=count, steps=1, seed=0, features=features)
     rows = next(loader.batches(0))
     longest = int((rows["segment_ids"] > 0).sum(1).max())

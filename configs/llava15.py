@@ -28,7 +28,7 @@ TINY_CLIP = dict(image_size=28, patch_size=14, width=32, depth=3, num_heads=4, m
 
 def get_config(arg=None):
     arg = parse_arg(arg, llm=tuple(LLMS), lora=False, pretrain_only=False, tiny=False, weights="weights", data="data")
-    lora = dict(rank=128, alpha=256.0) if arg.lora else {}
+    lora = dict(rank=128, alpha=256.0, dropout=0.05) if arg.lora else {}
     llm = TINY_LLM if arg.tiny else LLMS[arg.llm]
     llm_path = f"{arg.weights}/{arg.llm}-v1.5"
 

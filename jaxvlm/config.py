@@ -52,7 +52,7 @@ class VisionConfig:
     layer_scale: bool = False  # DINOv2's learned residual scales
     stage_depths: tuple[int, ...] = ()  # convnext: blocks of each stage
     stage_widths: tuple[int, ...] = ()
-    feature_layers: tuple[int, ...] = (-2,)  # of a convnext: its stages, resized to the first one's grid
+    feature_layers: tuple[int, ...] = (-2,)  # of a convnext: its stages, resized to one grid
     feature_norm: bool = False  # apply the tower's final norm to the selected features
     feature_tokens: str = "patch"  # patch | cls_patch
     pool: int = 1  # average the grid over pool x pool cells before the connector
@@ -92,8 +92,10 @@ class VisionConfig:
         if self.kind == "fused":
             return sum(tower.feature_width for tower in self.towers)
         if self.kind == "convnext":
-            return sum(self.stage_widths[layer] for layer in self.feature_layers)
-        return self.width * len(self.feature_layers) * len(self.scales)
+            layers = sum(self.stage_widths[layer] for layer in self.feature_layers)
+        else:
+            layers = self.width * len(self.feature_layers)
+        return layers * len(self.scales)
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ class SVAConfig:
     depth: int = 3
     groups: int = 1
     grid: int = 24  # queries on one side
-    llm_layers: tuple[int, ...] = ()  # decoder layers before which an aggregator adds to the visual tokens
+    llm_layers: tuple[int, ...] = ()  # decoder layers after which an aggregator adds to the visual tokens
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,7 @@ class LoRAConfig:
     rank: int = 0
     alpha: float = 256.0
     targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    dropout: float = 0.0  # of an adapter's input, in training
 
 
 @dataclass(frozen=True)
@@ -240,7 +243,10 @@ class PromptConfig:
 
     tokenizer: str = ""  # folder with a tokenizer.json
     template: str = "vicuna_v1"
-    transform: str = "letterbox"  # naive | crop | letterbox
+    transform: str = "letterbox"  # naive | crop | letterbox: one tile; anyres | hd: a global view and a grid of tiles
+    grids: tuple[tuple[int, int], ...] = ()  # anyres, hd: the (rows, columns) of tiles to choose from; () is its own
+    max_tiles: int = 0  # `anyres_max_N`: a grid of more than N tiles' tokens is scaled down to that; 0 is no limit
+    tile_several: bool = True  # False (OneVision): of several images in a conversation each is one letterboxed tile
     layout: str = "llava"  # llava | prismatic | hf
     length: int = 2048  # tokens in a row, visual tokens included
     truncation: str = "after_splice"  # after_splice | before_splice | drop | error
@@ -268,7 +274,7 @@ class DataConfig:
     transform: str | None = None
     length: int | None = None
     packing: bool = False
-    images_per_row: int = 1
+    tiles_per_row: int = 1  # room for image tiles in a row; without tiling an image is one
     bad_records: str = "error"  # error | skip (counted and written to a file)
     virtual_shards: int = 16
     num_threads: int = 2

@@ -227,7 +227,7 @@ def stage_features(number: int, config: RunConfig, vision_params: dict, workdir:
         config.model,
         vision_params,
         images,
-        transform(number),
+        dataclasses.replace(config.prompt, transform=transform(number)),
         workdir / "features",
         on_progress=lambda done, total: line.show(f"  vision features {done:,}/{total:,} images"),
     )

@@ -30,7 +30,7 @@ Verbs (`jaxvlm VERB --help` for each):
   generate   answer one request, or a JSONL file of them
   eval       evaluate a run, or the whole test split with --full
   import     read a checkpoint of another project and save it as a jaxvlm model
-  export     write a model as a Hugging Face llava folder
+  export     write a model as a folder that transformers, vLLM, LLaVA's code or PEFT load
   report     show a run's scores and make its report.html again
   doctor     what this machine has, and what to do about what is missing
 """
@@ -121,7 +121,7 @@ def chat(argv: Sequence[str]) -> None:
     from jaxvlm.infer.engine import load
 
     converse(
-        load(options.run),
+        load(options.run, dtype=None),
         image=options.image,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
@@ -147,7 +147,7 @@ def generate(argv: Sequence[str]) -> None:
     from jaxvlm.infer.answers import generate_file
     from jaxvlm.infer.engine import load
 
-    engine = load(options.run)
+    engine = load(options.run, dtype=None)
     sampling = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
     if options.input:
         more = dict(images=options.images, batch_size=options.batch_size, model_id=Path(options.run).name)
@@ -185,36 +185,59 @@ def evaluate(argv: Sequence[str]) -> None:
     if options.batch_size:
         changes["batch_size"] = options.batch_size
     config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, **changes))
-    scores = job.evaluate(load(workdir), config, workdir / "eval")
+    scores = job.evaluate(load(workdir, dtype=None), config, workdir / "eval")
     job.show_scores(scores, workdir / "eval" / ("full.json" if options.full else "scores.json"))
 
 
 def import_checkpoint(argv: Sequence[str]) -> None:
-    """Read a llava-hf folder and save it as a jaxvlm model."""
-    parser = argparse.ArgumentParser(prog="jaxvlm import", description=import_checkpoint.__doc__)
-    parser.add_argument("path", help="the folder to read")
-    parser.add_argument("out", help="the folder to write")
-    options = parser.parse_args(argv)
-    from jaxvlm.weights import ImportReport, import_model, prompt_from
-    from jaxvlm.weights.saved import save_model
+    """Read a checkpoint of another project, in any format, and save it as a jaxvlm model."""
+    usage = "jaxvlm import [options] PATH OUT, or for a new model of two parts: --vision FOLDER --llm FOLDER OUT"
+    parser = argparse.ArgumentParser(prog="jaxvlm import", usage=usage, description=import_checkpoint.__doc__)
+    parser.add_argument("paths", nargs="*", metavar="PATH", help="what to read, and the folder to write")
+    parser.add_argument("--dry-run", action="store_true", help="show what becomes of every tensor and write nothing")
+    parser.add_argument("--vision", default="", metavar="FOLDER", help="the vision tower, where PATH only names it")
+    parser.add_argument("--llm", default="", metavar="FOLDER", help="the language model, where PATH only names it")
+    parser.add_argument("--connector", default="", metavar="FILE", help="a projector between --vision and --llm")
+    parser.add_argument("--base", default="", metavar="FOLDER", help="the model that the adapters in PATH belong to")
+    parser.add_argument("--merge", action="store_true", help="add adapters to the weights that they adapt")
+    parser.add_argument("--tokenizer", default="", metavar="FOLDER", help="where the tokenizer.json is, if not in PATH")
+    parser.add_argument("--template", default="", metavar="NAME", help="the conversation template, as in vicuna_v1")
+    parser.add_argument(
+        "--dtype", default="", choices=["", "float32", "bfloat16", "float16"], help="default: as in PATH"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of what no checkpoint has")
+    options = vars(parser.parse_intermixed_args(argv))
+    from jaxvlm.weights.convert import convert
 
-    report = ImportReport()
-    model, params = import_model(options.path, report=report)
-    print(report)
-    save_model(Path(options.out), params, model, prompt_from(options.path), {"name": Path(options.path).name})
-    print(f"Saved to {options.out}. Try: jaxvlm chat --run {options.out}")
+    paths, dry_run = options.pop("paths"), options["dry_run"]
+    if options["vision"] and options["llm"] and not (paths[1:] or (dry_run and paths and Path(paths[0]).exists())):
+        paths = ["", *paths]  # the parts alone
+    if not len(paths) == 2 and not (dry_run and len(paths) == 1):
+        raise ConfigError("Give what to read and the folder to write: jaxvlm import PATH OUT (or PATH --dry-run).")
+    path, out = (*paths, "")[:2]
+    report = convert(path, out, **options)
+    if not dry_run:
+        print(f"{report}\nSaved to {out}. Try: jaxvlm chat --run {out}")
 
 
 def export(argv: Sequence[str]) -> None:
-    """Write a model as a Hugging Face llava folder, under the key names of the llava-hf checkpoints."""
-    parser = _model_parser("export", export.__doc__)
-    parser.add_argument("--out", required=True, help="the folder to write")
+    """Write a model, of a run or of any checkpoint that `import` reads, as a folder that other projects load."""
+    parser = argparse.ArgumentParser(prog="jaxvlm export", description=export.__doc__)
+    parser.add_argument("run", metavar="RUN", help="a run's --workdir, or a checkpoint")
+    parser.add_argument("out", metavar="OUT", help="the folder to write")
+    formats = ["llava-hf", "llava-next-hf", "llava-original", "peft"]
+    parser.add_argument("--format", default="llava-hf", choices=formats, help="default: llava-hf")
+    parser.add_argument(
+        "--merge", action=argparse.BooleanOptionalAction, default=True, help="add adapters to the weights (default)"
+    )
+    parser.add_argument("--base", default="", help="peft: the name of the model that the adapters are for")
+    parser.add_argument("--dtype", default=None, choices=["float32", "bfloat16", "float16"], help="default: as it is")
     options = parser.parse_args(argv)
-    from jaxvlm.infer.engine import load
-    from jaxvlm.weights import export_llava_hf
+    from jaxvlm import weights
 
-    engine = load(options.run)
-    export_llava_hf(engine.params, engine.config, engine.prompt, options.out)
+    model, prompt, params = weights.load_any(options.run, dtype=None)
+    more = {"merge": options.merge, "base": options.base, "dtype": options.dtype}
+    weights.export(params, model, prompt, options.out, options.format, **more)
     print(f"Written to {options.out}.")
 
 

@@ -30,7 +30,8 @@ def randomise(module, seed: int = 0) -> dict[str, np.ndarray]:
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             scale = 0.2 if parameter.ndim > 1 else 0.1
-            mean = 1.0 if parameter.ndim == 1 and "norm" in name and name.endswith("weight") else 0.0
+            is_norm = "norm" in name.lower() or "ln_" in name
+            mean = 1.0 if parameter.ndim == 1 and is_norm and name.endswith("weight") else 0.0
             parameter.copy_(mean + scale * torch.randn(parameter.shape, generator=generator))
     return {name: value.numpy() for name, value in module.state_dict().items()}
 

@@ -14,14 +14,15 @@ from jaxvlm.kernels import intervals
 from jaxvlm.kernels.attention import attention
 
 
-def oracle(q, k, v, k_start, k_end):
+def oracle(q, k, v, k_start, k_end, scale=None, softcap=None):
     """Loops over rows, heads and queries in float64; reads nothing outside an interval."""
     batch, length, heads, head_dim = q.shape
     group = heads // k.shape[2]
     out = np.zeros(q.shape)
     for b, i, n in np.ndindex(batch, length, heads):
         keys = slice(k_start[b, i], max(k_start[b, i], k_end[b, i]))
-        scores = k[b, keys, n // group].astype(float) @ q[b, i, n].astype(float) / np.sqrt(head_dim)
+        scores = k[b, keys, n // group].astype(float) @ q[b, i, n].astype(float) * (scale or head_dim**-0.5)
+        scores = softcap * np.tanh(scores / softcap) if softcap else scores
         if scores.size:
             weights = np.exp(scores - scores.max())
             out[b, i, n] = weights / weights.sum() @ v[b, keys, n // group].astype(float)
@@ -55,7 +56,8 @@ def test_packed_rows_match_the_oracle(size, seed, window, is_causal):
     length, kv_heads, group = size
     rng = np.random.default_rng(seed)
     ids = segments(rng, 2, length)
-    k_start, k_end = intervals.causal(ids, window) if is_causal else intervals.bidirectional(ids)
+    k_start, k_end = intervals.causal(ids) if is_causal else intervals.bidirectional(ids)
+    k_start = intervals.limit(k_start, k_end, window if is_causal else None)
     same = (ids[:, :, None] == ids[:, None, :]) & (ids[:, :, None] > 0)
     if is_causal:
         distance = np.arange(length)[:, None] - np.arange(length)
@@ -127,6 +129,14 @@ def test_blocks_of_queries_equal_one_block(monkeypatch):
     assert kernels._num_blocks(23, 19) == 9
     jax.clear_caches()
     np.testing.assert_allclose(run(q, k, v, k_start, k_end), whole, rtol=1e-5, atol=1e-6)
+
+
+def test_scale_and_softcap():
+    q, k, v = (3 * x for x in draw(4, 2, 7, 9, 2, 2))
+    k_start, k_end = np.random.default_rng(4).integers(0, 10, (2, 2, 7)).astype(np.int32)
+    settings = {"scale": 0.3, "softcap": 1.5}
+    out = attention(q, k, v, k_start=k_start, k_end=k_end, **settings)
+    np.testing.assert_allclose(out, oracle(q, k, v, k_start, k_end, **settings), rtol=1e-5, atol=1e-6)
 
 
 def test_memory_of_long_sequences_is_linear():

@@ -55,6 +55,24 @@ def test_values_and_gradients(chunk, share):
     np.testing.assert_allclose(nll, expected[0][1], rtol=1e-5, atol=1e-6)
 
 
+def test_bias_and_softcap():
+    """The two additions together, and the gradient of the bias alone: a frozen kernel costs no product for it."""
+    *args, bias = *example(1), np.random.default_rng(2).normal(size=V).astype(np.float32)
+
+    def expected(hidden, kernel, bias):
+        logits = 2.5 * jnp.tanh((hidden @ kernel + bias) / 2.5)
+        nll = optax.softmax_cross_entropy_with_integer_labels(logits, args[2])
+        return jnp.sum(nll * args[3])
+
+    def found(hidden, kernel, bias):
+        return linear_cross_entropy(hidden, kernel, *args[2:], bias=bias, softcap=2.5, chunk=4)[0]
+
+    both = [jax.jit(jax.value_and_grad(f, (0, 1, 2)))(*args[:2], bias) for f in (found, expected)]
+    for one, other in zip(*map(jax.tree.leaves, both), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-6)
+    assert dots(jax.grad(found, 2), *args[:2], bias) == 1
+
+
 def test_unsupervised_positions_may_hold_anything():
     hidden, kernel, targets, weights = example()
     _, clean = with_gradients(linear_cross_entropy, (hidden, kernel, targets, weights), chunk=4)

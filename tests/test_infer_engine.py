@@ -81,7 +81,7 @@ def test_images_pass_the_tower_once_and_text_not_at_all(engine, requests, answer
     passed = []
 
     def encode(config, params, pixels):
-        passed.append(np.asarray(pixels))
+        passed.append(np.asarray(pixels[0]))
         return original(config, params, pixels)
 
     original = decoding.encode_images
@@ -99,11 +99,14 @@ def test_greedy_tokens_follow_the_logits(engine, requests):
     request = requests[0]
     prompt = engine._prompt(request, 0)
     written = engine._answer([prompt], 1, NEW, 0.0, 1.0, 0)[0]
-    logits = engine.logits(request)
-    assert logits.shape == (len(prompt.tokens), engine.config.llm.vocab_size) and logits.dtype == np.float32
-    longer = request["messages"][0]["content"] + "!"
-    assert not np.allclose(engine.logits(user(longer, *request["images"]))[: len(logits)][-1], logits[-1])
-    assert written[0] == logits[-1].argmax()
+    longer = user(request["messages"][0]["content"] + "!!", *request["images"])
+    logits, mask = engine.logits([request, longer])
+    length = len(prompt.tokens)
+    assert logits.shape == (2, mask[1].sum(), engine.config.llm.vocab_size) and logits.dtype == np.float32
+    assert mask[0].sum() == length < mask.shape[1] and mask[0, :length].all()
+    assert not np.allclose(logits[1, length - 1], logits[0, length - 1])
+    assert written[0] == logits[0, length - 1].argmax()
+    np.testing.assert_allclose(engine.logits([request]).values[0], logits[0, :length], rtol=1e-4, atol=1e-5)
 
 
 def test_sliding_window_in_the_cache(engine, requests):
@@ -117,7 +120,7 @@ def test_sliding_window_in_the_cache(engine, requests):
     length = len(prompt.tokens)
     whole = [*prompt.tokens, *written]
     sequence[0, : len(whole)] = whole
-    logits = decoding.all_logits(config, engine.params, sequence, None, None, np.int32(len(whole)))
+    logits = decoding.all_logits(config, engine.params, sequence, None, None, None, np.array([len(whole)]))
     assert written == np.asarray(logits)[0, length - 1 : len(whole) - 1].argmax(-1).tolist()
 
 

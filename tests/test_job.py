@@ -61,7 +61,7 @@ def test_loaded_model_answers(finished):
     request = {"messages": [{"role": "user", "content": "<image>\nWhat colour is the left half?"}], "images": [image]}
     [answer] = vlm.generate([request], max_new_tokens=4)
     assert isinstance(answer, str)
-    assert vlm.logits(request).shape[1] == 512
+    assert vlm.logits([request]).values.shape[2] == 512
 
 
 def test_generate_verb(finished, tmp_path, capsys):

@@ -3,10 +3,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxvlm.config import ModelConfig, VisionConfig
+from jaxvlm.config import ModelConfig, PromptConfig, VisionConfig
 from jaxvlm.data import DataError
+from jaxvlm.data import layout as layouts
 from jaxvlm.data.conversation import IMAGE_TOKEN, Encoded
-from jaxvlm.data.layout import LAYOUTS, splice, visual_tokens
+from jaxvlm.data.layout import LAYOUTS
+from jaxvlm.data.tiles import ImagePlan, image_plan, tiling
 
 I = IMAGE_TOKEN  # noqa: E741
 P = 3
@@ -16,9 +18,17 @@ def encoded(tokens, weights=None):
     return Encoded(np.asarray(tokens, np.int32), np.asarray(weights or [0] * len(tokens), np.float32))
 
 
+def splice(encoded, patches, *options, **more):
+    """Each image is one tile of so many patches; `before_splice` keeps room for one."""
+    plans = [ImagePlan(1, None, None, np.arange(patches))] * int((encoded.tokens == I).sum())
+    return layouts.splice(encoded, plans, *options, tile_tokens=patches, reserved=patches, **more)
+
+
 def test_visual_tokens_is_the_configs_count():
     def tokens(**vision):
-        return visual_tokens(ModelConfig(vision=VisionConfig(**vision)))
+        plan = image_plan(tiling(ModelConfig(vision=VisionConfig(**vision)), PromptConfig()), 30, 20)
+        np.testing.assert_array_equal(plan.index, np.arange(len(plan.index)))
+        return len(plan.index)
 
     assert tokens() == 576
     assert tokens(image_size=224, feature_tokens="cls_patch") == 257
@@ -32,7 +42,19 @@ def test_patches_stand_where_the_image_stood(layout):
     assert out.visual_index.tolist() == [-1, -1, 0, 1, 2, -1, -1, 3, 4, 5, -1]
     assert out.targets.tolist() == [5, 9, 9, 9, 6, 7, 9, 9, 9, 8, 9]
     assert out.weights.tolist() == [0, 0, 0, 0, 0, 1, 0, 0, 0, 1, 0]
-    assert (out.num_images, out.dropped_images, out.truncated) == (2, 0, False)
+    assert (out.num_images, out.num_tiles, out.dropped_images, out.truncated) == (2, 2, 0, False)
+
+
+def test_images_of_several_tiles_and_row_ends():
+    """The second image has three tiles, of which it uses only parts, with a row end; the third is cut off."""
+    plans = [ImagePlan(1, None, None, np.array([0, 1, 2])), ImagePlan(3, (1, 2), (9, 9), np.array([0, -2, 7, 8, -2]))]
+    tokens = encoded([1, I, 5, I, 6, I, 7], [0, 0, 0, 0, 1, 0, 1])
+    out = layouts.splice(tokens, [*plans, plans[0]], length=13, tile_tokens=P, pad_id=9)
+    assert out.tokens.tolist() == [1, 9, 9, 9, 5, 9, 9, 9, 9, 9, 6]
+    assert out.visual_index.tolist() == [-1, 0, 1, 2, -1, 3, -2, 10, 11, -2, -1]
+    assert out.targets.tolist() == [9, 9, 9, 5, 9, 9, 9, 9, 9, 6, 9]
+    assert out.weights.tolist() == [0] * 9 + [1, 0]
+    assert (out.num_images, out.num_tiles, out.dropped_images, out.truncated) == (2, 4, 1, True)
 
 
 def test_prismatic_puts_patches_after_bos_or_first():

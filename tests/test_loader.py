@@ -50,7 +50,7 @@ def loader(folder, *, names="ab", data=None, prompt=None, fraction=1.0, **option
         )
         for name in names
     ]
-    settings = dict(packing=True, images_per_row=3, num_threads=2) | (data or {})
+    settings = dict(packing=True, tiles_per_row=3, num_threads=2) | (data or {})
     base = dict(tokenizer=str(folder / "tokenizer"), template="prism", length=128)
     prompt = PromptConfig(**base | (prompt or {}))
     options = dict(batch_size=4, seed=0, cache_dir=folder / "cache") | options
@@ -150,14 +150,14 @@ def test_rows_are_dealt_to_virtual_shards():
     """Row g is row g // V of shard g % V, and shard v packs permutation[v::V]; for as long as shards have rows."""
     rng = np.random.default_rng(0)
     zeros = np.zeros(300, np.int64)
-    samples = Samples(zeros, zeros, rng.integers(5, 60, 300), rng.integers(0, 2, 300), zeros, zeros, zeros)
-    data = DataConfig(packing=True, images_per_row=4, virtual_shards=3)
+    samples = Samples(zeros, zeros, rng.integers(5, 60, 300), zeros, rng.integers(0, 2, 300), zeros, zeros, zeros)
+    data = DataConfig(packing=True, tiles_per_row=4, virtual_shards=3)
     rows = epoch_rows(samples, data, 64, seed=1, epoch=2)
     np.testing.assert_array_equal(np.sort(np.concatenate(rows)), np.arange(300))
     order = np.random.default_rng([1, 2]).permutation(300)
     for shard in range(3):
         mine = order[shard::3]
-        packed = plan(samples.length[mine], samples.images[mine], 64, 4, [1, 2, shard])
+        packed = plan(samples.length[mine], samples.tiles[mine], 64, 4, [1, 2, shard])
         for i in (0, 1, 20):
             np.testing.assert_array_equal(rows[3 * i + shard], mine[packed[i]])
 
@@ -233,7 +233,7 @@ def test_sample_and_stats(folder):
     batches = list(made.batches())
     assert stats["tokens"] == sum((b["segment_ids"] > 0).sum() for b in batches)
     assert stats["supervised_tokens"] == sum((b["loss_weights"] > 0).sum() for b in batches)
-    assert stats["images"] == 24 == sum(b["tile_mask"].sum() for b in batches)
+    assert stats["images"] == stats["tiles"] == 24 == sum(b["tile_mask"].sum() for b in batches)
     assert stats["fill"] == stats["tokens"] / (128 * stats["rows"]) and stats["skipped"] == 0
     assert stats["sources"]["b"]["records"] == 10
     json.dumps(stats)
@@ -259,7 +259,7 @@ def test_bad_records_are_reported_before_the_first_step(folder):
         "1 image files are missing or empty, the first: " in text and "nope.png" in text and "`images` folder" in text
     )
     assert "5 records cannot be used" in text and "bad.json, record number 2: record 'count' has 1 image but 0" in text
-    assert "record 'many' has 4 images, but a row holds 3; raise `images_per_row`" in text
+    assert "record 'many' has 4 images, but a row holds 3; raise `tiles_per_row`" in text
     assert "record 'long' has no supervised token within `length` (128)" in text
     assert "bad_records = 'skip'" in text
 

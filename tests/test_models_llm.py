@@ -10,12 +10,43 @@ import pytest
 from hf_copy import llm as copy_llm
 from hf_copy import random_params, randomise
 
-from jaxvlm.config import LLMConfig, LoRAConfig, ModelConfig, VisionConfig
+from jaxvlm.config import ConfigError, LLMConfig, LoRAConfig, ModelConfig, RopeScalingConfig, VisionConfig
 from jaxvlm.kernels import intervals
 from jaxvlm.models.lora import merge_lora
-from jaxvlm.models.vlm import VLM, abstract_params, head_kernel, init_cache
+from jaxvlm.models.vlm import VLM, abstract_params, head_kernel, init_cache, logical_axes
+from jaxvlm.parallel.rules import RULES
+from jaxvlm.train.step import loss_sums
 
 LLAMA = LLMConfig(vocab_size=40, width=24, depth=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=32, norm_eps=1e-6)
+# Between them, everything that LLAMA does not have.
+GEMMA = replace(
+    LLAMA,
+    norm="rms_plus_one",
+    post_norms=True,
+    qk_norm=True,
+    activation="gelu_tanh",
+    tie_embeddings=True,
+    embed_scale=5.0,
+    attn_scale=0.4,
+    attn_softcap=2.0,
+    logit_softcap=3.0,
+    sliding_window=3,
+    full_layers=(1,),
+    rope_local_theta=100.0,
+)
+PHI = replace(
+    LLAMA,
+    norm="layer",
+    parallel=True,
+    activation="gelu_tanh",
+    gated=False,
+    qkv_bias=True,
+    out_bias=True,
+    mlp_bias=True,
+    head_bias=True,
+    rope_fraction=0.5,
+)
+OPT = replace(PHI, parallel=False, activation="relu", head_bias=False, learned_positions=True, max_positions=16)
 VISION = VisionConfig(image_size=8, patch_size=4, width=8, depth=2, num_heads=2, mlp_dim=16)
 
 
@@ -132,8 +163,9 @@ def test_call_with_a_cache_is_a_prefill():
     assert int(cache["index"]) == 6 and np.asarray(cache["k"])[:, :, 6:].max() == 0
 
 
-def test_packed_segments_equal_separate_rows():
-    config = model(replace(LLAMA, sliding_window=3))
+@pytest.mark.parametrize("llm", [GEMMA, OPT], ids=["gemma", "opt"])
+def test_packed_segments_equal_separate_rows(llm):
+    config = model(llm)
     params = random_params(config)
     tokens = np.random.default_rng(1).integers(0, 40, (1, 10)).astype(np.int32)
     segment_ids = np.array([[1, 1, 1, 1, 2, 2, 2, 3, 0, 0]], np.int32)
@@ -168,12 +200,54 @@ def test_rematerialisation_changes_nothing():
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
-def test_adapters():
-    lora = LoRAConfig(rank=3, alpha=6.0, targets=("q", "o", "down"))
-    base, config = model(LLAMA), model(replace(LLAMA, lora=lora))
+def test_full_layers_see_beyond_the_window():
+    """With one layer of each kind, the window of the other must not be what limits; with none, it must."""
+    tokens = np.random.default_rng(2).integers(0, 40, (1, 9)).astype(np.int32)
+    changed = tokens.copy()
+    changed[0, 0] += 1
+
+    def reaches(full_layers):  # how far the first token is felt
+        config = model(replace(GEMMA, depth=1, full_layers=full_layers))
+        params = random_params(config)
+        one, other = (forward(config, params, t, *plain(t))[0] for t in (tokens, changed))
+        return int(np.flatnonzero(np.abs(one - other).max(-1))[-1])
+
+    assert reaches(()) == 2 and reaches((0,)) == 8
+
+
+def test_longrope_chooses_at_the_prompt_and_keeps_the_choice():
+    """The keys in the cache are already turned, so a short prompt's answer goes on with the short factors."""
+    scaling = RopeScalingConfig("longrope", original_max_positions=6, short_factor=(1.0,) * 4, long_factor=(3.0,) * 4)
+    config = model(replace(LLAMA, depth=1, rope_scaling=scaling))
+    params, vlm = random_params(config), VLM(config)
+
+    @jax.jit
+    def step(tokens, positions, k_end, cache):
+        args = (tokens, None, None, positions, k_end * 0, k_end, cache)
+        return vlm.apply({"params": params}, *args, method="decode")[1]
+
+    tokens = np.arange(16, dtype=np.int32).reshape(2, 8)
+    k_end = np.where(np.arange(8) < [[8], [5]], np.arange(8) + 1, 0)  # the second row ends with padding
+    cache = step(tokens, plain(tokens)[1], k_end, init_cache(config.llm, 2, 10, jnp.float32))
+    assert cache["stretched"].tolist() == [True, False]
+    cache = step(tokens[:, :1], np.full((2, 1), 7), np.full((2, 1), 9), cache)
+    assert cache["stretched"].tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("llm", "targets", "where"),
+    [
+        (LLAMA, ("q", "o", "down"), {"attn/q", "attn/o", "mlp/down"}),
+        (PHI, LoRAConfig().targets, {"attn/q", "attn/k", "attn/v", "attn/o", "mlp/up", "mlp/down"}),
+    ],
+    ids=["llama", "phi"],
+)
+def test_adapters(llm, targets, where):
+    lora = LoRAConfig(rank=3, alpha=6.0, targets=targets)
+    base, config = model(llm), model(replace(llm, lora=lora))
     leaves = {"/".join(k.key for k in path) for path, _ in jax.tree_util.tree_leaves_with_path(abstract_params(config))}
     adapted = {name.rsplit("/", 1)[0] for name in leaves if "lora" in name}
-    assert adapted == {"llm/layers/attn/q", "llm/layers/attn/o", "llm/layers/mlp/down"}
+    assert adapted == {f"llm/layers/{each}" for each in where}
 
     params = random_params(config)
     tokens = np.arange(8, dtype=np.int32)[None]
@@ -198,3 +272,37 @@ def test_tied_head_is_the_transposed_embedding():
         VLM(config).apply({"params": params}, hidden, method="logits"),
         hidden @ np.asarray(head_kernel(params)),
     )
+
+
+def test_training_loss_is_of_the_models_own_logits():
+    config = model(replace(PHI, logit_softcap=3.0))  # and PHI's head has a bias
+    params = random_params(config)
+    tokens = np.random.default_rng(4).integers(0, 40, (2, 7)).astype(np.int32)
+    segment_ids, positions = plain(tokens)
+    batch = {"tokens": tokens, "segment_ids": segment_ids, "positions": positions, "visual_index": tokens * 0 - 1}
+    batch |= {"targets": np.roll(tokens, -1, 1), "loss_weights": np.ones(tokens.shape, np.float32)}
+    batch["source_ids"] = tokens * 0
+    loss = jax.jit(lambda p: loss_sums(VLM(config), p, batch, batch["loss_weights"] / tokens.size, 1)[0])(params)
+    log_probs = jax.nn.log_softmax(forward(config, params, tokens, segment_ids, positions))
+    np.testing.assert_allclose(loss, -np.take_along_axis(log_probs, batch["targets"][..., None], -1).mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("llm", [GEMMA, PHI, OPT], ids=["gemma", "phi", "opt"])
+def test_every_parameter_has_a_place_on_the_mesh(llm):
+    axes = jax.tree.leaves(logical_axes(model(llm))["llm"], is_leaf=lambda x: isinstance(x, tuple))
+    assert {axis for leaf in axes for axis in leaf} <= {None, *RULES}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"norm": "batch"}, "llm.norm must be"),
+        ({"rope_scaling": RopeScalingConfig("yarn")}, "llm.rope_scaling.kind must be"),
+        ({"rope_scaling": RopeScalingConfig("longrope", short_factor=(1.0,))}, "needs 4 short and as many long"),
+        ({"head_bias": True, "tie_embeddings": True}, "llm.head_bias needs a head of its own"),
+        ({"activation": "swish"}, "No activation 'swish'"),
+    ],
+)
+def test_settings_that_do_not_exist_are_named(change, message):
+    with pytest.raises(ConfigError, match=message):
+        abstract_params(model(replace(LLAMA, **change)))

@@ -120,16 +120,16 @@ def test_connectors(kind, count):
 def test_unknown_choices_name_the_known_ones():
     for config, message in (
         (
-            replace(CONFIG, connector=ConnectorConfig("qformer")),
-            "No connector 'qformer'; there are: linear, mlp2x",
+            replace(CONFIG, connector=ConnectorConfig("perceiver")),
+            "No connector 'perceiver'; there are: linear, mlp.N.x_gelu, fused_mlp, pixel",
         ),
         (
             replace(CONFIG, vision=replace(CONFIG.vision, kind="swin")),
-            "No vision tower 'swin'; there are: vit, eff",
+            "No vision tower 'swin'; there are: vit, conv",
         ),
         (
-            replace(CONFIG, vision=replace(CONFIG.vision, activation="relu")),
-            "No activation 'relu'; there are: quick",
+            replace(CONFIG, vision=replace(CONFIG.vision, activation="tanh")),
+            "No activation 'tanh'; there are: quick",
         ),
         (replace(CONFIG, remat="some"), "must be none, dots or full, not 'some'"),
     ):

@@ -7,6 +7,7 @@ from jaxvlm.data import DataError
 from jaxvlm.data.conversation import IMAGE_TOKEN, Encoded
 from jaxvlm.data.layout import splice
 from jaxvlm.data.packing import assemble, plan
+from jaxvlm.data.tiles import ImagePlan
 
 samples = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 3)), min_size=1, max_size=200)
 
@@ -34,12 +35,14 @@ def test_order_depends_on_the_seed_and_rows_are_well_filled():
 
 
 def test_too_large_a_sample_is_named():
-    with pytest.raises(DataError, match="sample 1 has 9 tokens and 0 images, but a row holds 8 and 1"):
+    with pytest.raises(DataError, match="sample 1 has 9 tokens and 0 tiles, but a row holds 8 and 1"):
         plan([3, 9], [1, 0], 8, 1, 0)
 
 
-def conversation(tokens, weights):
-    return splice(Encoded(np.asarray(tokens, np.int32), np.asarray(weights, np.float32)), 2)
+def conversation(tokens, weights, plan=None):
+    plan = plan or ImagePlan(1, None, None, np.arange(2))
+    encoded = Encoded(np.asarray(tokens, np.int32), np.asarray(weights, np.float32))
+    return splice(encoded, [plan] * tokens.count(IMAGE_TOKEN), tile_tokens=2)
 
 
 def test_assembled_row():
@@ -60,6 +63,22 @@ def test_assembled_row():
     assert (row["segment_ids"][scored] == ahead[scored]).all()  # no target in another segment
     types = {key: value.dtype.name for key, value in row.items()}
     assert types.pop("loss_weights") == "float32" and set(types.values()) == {"int32"}
+
+
+def test_tiles_take_the_slots_in_order():
+    """Two images of two tiles, with row ends and a blended token, between images of one."""
+    image = IMAGE_TOKEN
+    corners, shares = (
+        np.array([[0] * 4, [1, 2, 3, 3], [0] * 4]),
+        np.float32([[1, 0, 0, 0], [0.5, 0.5, 0, 0], [1, 0, 0, 0]]),
+    )
+    blended = ImagePlan(2, (1, 1), (9, 9), np.array([0, 1, -2]), corners, shares)
+    single = ImagePlan(1, None, None, np.arange(2), corners[[0, 0]], shares[[0, 0]])
+    first, last = (conversation([image, 5], [0, 1], single) for _ in range(2))
+    row = assemble([first, conversation([image, image, 6], [0, 0, 1], blended), last], 16, 2, blends=True)
+    assert row["visual_index"].tolist() == [0, 1, -1, 2, 3, -2, 6, 7, -2, -1, 10, 11, -1, -1, -1, -1]
+    assert row["visual_corners"][[4, 7]].tolist() == [[3, 4, 5, 5], [7, 8, 9, 9]]
+    assert row["visual_shares"][[4, 7]].tolist() == [[0.5, 0.5, 0, 0]] * 2 and (row["visual_shares"].sum(1) == 1).all()
 
 
 def test_empty_row():

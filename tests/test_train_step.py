@@ -182,3 +182,21 @@ def test_an_indivisible_dimension_names_the_axis():
     mesh = make_mesh(MeshConfig(tensor=8, fsdp=1))
     with pytest.raises(ConfigError, match="'llm/x': axis 'heads' of size 9 does not divide over the mesh axis tensor"):
         partition_spec(("embed", "heads"), mesh, (16, 9), "llm/x")
+
+
+def test_lora_dropout_is_drawn_anew_each_step_and_only_in_training(world):
+    model = tiny.model_config(lora=2)
+    lora = dataclasses.replace(model.llm.lora, dropout=0.3)
+    dropping = dataclasses.replace(model, llm=dataclasses.replace(model.llm, lora=lora))
+    batch, params = next(batches(world, True, 2)), random_params(model)
+
+    @jax.jit
+    def loss(key):
+        return loss_sums(VLM(dropping), params, batch, batch["loss_weights"], 1, key)[0]
+
+    keys = [jax.random.fold_in(jax.random.key(0), step) for step in (0, 1, 0)]
+    first, second, again = (float(loss(key)) for key in keys)
+    assert first == again != second
+    expected, _ = loss_sums(VLM(model), params, batch, batch["loss_weights"], 1)
+    np.testing.assert_allclose(loss(None), expected, rtol=1e-6)
+    assert first != pytest.approx(float(expected), rel=1e-6)

@@ -1,19 +1,18 @@
 """Exports: what transformers loads, what comes back, what is refused."""
 
 import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from weights_helpers import saver
+from weights_helpers import saver, tokenizer_folder
 
-from jaxvlm.config import ConnectorConfig, LoRAConfig, ModelConfig, PromptConfig, VisionConfig
+from jaxvlm.config import ConnectorConfig, LoRAConfig, ModelConfig, PromptConfig, UserError, VisionConfig
 from jaxvlm.data.conversation import TEMPLATES
-from jaxvlm.weights import WeightsError, export_llava_hf, import_model, prompt_from
-from jaxvlm.weights.hf_files import CHAT, chat_template
+from jaxvlm.weights import WeightsError, export, import_model, prompt_from
+from jaxvlm.weights.chat_templates import CHAT, chat_template
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -22,22 +21,6 @@ transformers = pytest.importorskip("transformers")
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory):
     return saver(tmp_path_factory)
-
-
-def tokenizer_folder(path, image=True, size=60):
-    """A word-level tokenizer of `size` words, with or without `<image>`."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = ["<unk>", "<s>", "</s>", "<image>" if image else "other", *(f"w{i}" for i in range(size - 4))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"] + ["<image>"] * image)
-    path.mkdir()
-    tokenizer.save(str(path / "tokenizer.json"))
-    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
-    (path / "tokenizer_config.json").write_text(json.dumps(config))
-    return path
 
 
 def load_hf(folder):
@@ -63,7 +46,7 @@ def test_round_trip_and_transformers(saved, tmp_path, kind):
     folder, tensors = saved(kind)
     config, params = import_model(folder)
     prompt = PromptConfig(tokenizer=str(tokenizer_folder(tmp_path / "tok")), transform="letterbox")
-    out = export_llava_hf(params, config, prompt, tmp_path / "out" / "model", shard_bytes=20_000)
+    out = export(params, config, prompt, tmp_path / "out" / "model", shard_bytes=20_000)
     assert len(list(out.glob("*.safetensors"))) > 3 and (out / "model.safetensors.index.json").is_file()
 
     again, back = import_model(out)
@@ -88,7 +71,7 @@ def test_round_trip_and_transformers(saved, tmp_path, kind):
 def test_files_of_the_folder(saved, tmp_path):
     config, params = import_model(saved("llava")[0])
     source = tokenizer_folder(tmp_path / "tok")
-    out = export_llava_hf(params, config, PromptConfig(tokenizer=str(source)), tmp_path / "model", dtype="bfloat16")
+    out = export(params, config, PromptConfig(tokenizer=str(source)), tmp_path / "model", dtype="bfloat16")
     names = {file.name for file in out.iterdir()}
     assert names >= {"config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"}
     assert names >= {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "model.safetensors"}
@@ -109,7 +92,7 @@ def test_files_of_the_folder(saved, tmp_path):
 def test_a_tokenizer_without_image_gets_it(saved, tmp_path, size, rows):
     config, params = import_model(saved("llava")[0])
     source = tokenizer_folder(tmp_path / "tok", image=False, size=size)
-    out = export_llava_hf(params, config, PromptConfig(tokenizer=str(source)), tmp_path / "model")
+    out = export(params, config, PromptConfig(tokenizer=str(source)), tmp_path / "model")
     model = load_hf(out)
     assert model.config.image_token_id == size and model.get_input_embeddings().weight.shape[0] == rows
     head = model.lm_head.weight.detach().numpy()
@@ -128,37 +111,57 @@ def test_adapters_are_merged(saved, tmp_path):
     adapted = jax.tree.map(lambda leaf: leaf, params)
     adapted["llm"]["layers"]["attn"]["q"] |= {"lora_a": jnp.asarray(a), "lora_b": jnp.asarray(b)}
     prompt = PromptConfig(tokenizer=str(tokenizer_folder(tmp_path / "tok")))
-    out = export_llava_hf(adapted, config, prompt, tmp_path / "model")
+    out = export(adapted, config, prompt, tmp_path / "model")
     kernel = import_model(out)[1]["llm"]["layers"]["attn"]["q"]["kernel"]
     wanted = np.asarray(params["llm"]["layers"]["attn"]["q"]["kernel"]) + 2 * np.einsum("ldr,lrhk->ldhk", a, b)
     np.testing.assert_allclose(kernel, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_towers_without_a_class_are_refused(tmp_path):
+def test_what_no_class_computes_is_refused_with_reasons(tmp_path):
     vision = VisionConfig(kind="efficientnet_lite", width=1280, pool=2)
     model = ModelConfig(vision=vision, connector=ConnectorConfig("linear", input_norm=True))
     with pytest.raises(WeightsError) as error:
-        export_llava_hf({}, model, PromptConfig(), tmp_path / "model")
-    for reason in ("CLIP or SigLIP tower", "pooled", "'linear'", "input_norm", "jaxvlm serve"):
+        export({}, model, PromptConfig(), tmp_path / "model")
+    for reason in ("CLIP, SigLIP or DINOv2 tower", "pooled", "'linear'", "input_norm", "keep jaxvlm's own form"):
         assert reason in str(error.value)
-    with pytest.raises(WeightsError, match="neither"):
-        dino = VisionConfig(layer_scale=True, pre_norm=False, patch_bias=True)
-        export_llava_hf({}, ModelConfig(vision=dino), PromptConfig(), tmp_path / "model")
+    registers = dataclasses.replace(VisionConfig(), num_registers=4)
+    softcap = dataclasses.replace(ModelConfig().llm, logit_softcap=30.0)
+    fused = VisionConfig(kind="fused", towers=(VisionConfig(), VisionConfig()))
+    for changes, reason in (
+        ({"vision": registers}, "vision.num_registers = 4"),
+        ({"vision": fused}, "of kind 'fused'"),
+        ({"llm": softcap}, "soft cap"),
+        ({"connector": ConnectorConfig("sva")}, "'sva'"),
+        ({"connector": ConnectorConfig("resampler")}, "'resampler'"),
+    ):
+        with pytest.raises(WeightsError, match=f"{reason}.*keep jaxvlm's own form"):
+            export({}, dataclasses.replace(ModelConfig(), **changes), PromptConfig(), tmp_path / "model")
+    # What another form can hold is said to go there.
+    tiled, rows = PromptConfig(transform="anyres"), ConnectorConfig(row_end=True)
+    with pytest.raises(WeightsError, match="Use --format llava-next-hf"):
+        export({}, ModelConfig(connector=rows), tiled, tmp_path / "model")
+    with pytest.raises(WeightsError, match="Use --format llava-original"):
+        export({}, ModelConfig(connector=ConnectorConfig("linear")), PromptConfig(), tmp_path / "model")
+    with pytest.raises(WeightsError, match="no adapters"):
+        export({}, ModelConfig(), PromptConfig(), tmp_path / "model", "peft")
+    with pytest.raises(WeightsError, match="no export format 'gguf'"):
+        export({}, ModelConfig(), PromptConfig(), tmp_path / "model", "gguf")
+    assert not list(tmp_path.iterdir())
 
 
 def test_nothing_is_left_behind_by_a_failed_export(saved, tmp_path):
     config, params = import_model(saved("llava")[0])
     with pytest.raises(WeightsError, match="not a folder with a tokenizer.json"):
-        export_llava_hf(params, config, PromptConfig(tokenizer=str(tmp_path / "none")), tmp_path / "model")
+        export(params, config, PromptConfig(tokenizer=str(tmp_path / "none")), tmp_path / "model")
     prompt = PromptConfig(tokenizer=str(tokenizer_folder(tmp_path / "tok")))
     del params["llm"]["final_norm"]
     with pytest.raises(WeightsError, match="lack llm/final_norm/scale"):
-        export_llava_hf(params, config, prompt, tmp_path / "model")
+        export(params, config, prompt, tmp_path / "model")
     assert {path.name for path in tmp_path.iterdir()} == {"tok"}
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("precious")
-    with pytest.raises(WeightsError, match="is not empty"):
-        export_llava_hf(params, config, prompt, tmp_path / "full")
+    with pytest.raises(UserError, match="is not empty"):
+        export(params, config, prompt, tmp_path / "full")
 
 
 MESSAGES = [
@@ -168,9 +171,10 @@ MESSAGES = [
 ]
 
 
+@pytest.mark.parametrize("layout", ["llava", "prismatic"])
 @pytest.mark.parametrize("name", sorted(set(TEMPLATES) - {"plain"}))
 @pytest.mark.parametrize("system", [None, "Be brief."])
-def test_chat_template_renders_our_prompt(name, system):
+def test_chat_template_renders_our_prompt(name, system, layout):
     """The Jinja text equals what `data.conversation` renders up to where the answer starts."""
     import jinja2
 
@@ -183,6 +187,6 @@ def test_chat_template_renders_our_prompt(name, system):
     if system:
         turns.insert(0, {"from": "system", "value": system})
         messages.insert(0, {"role": "system", "content": system})
-    ours = render(turns, name).text
-    theirs = jinja2.Environment().from_string(chat_template(name)).render(messages=messages, eos_token="</s>")
+    ours = render(turns, name, layout=layout).text
+    theirs = jinja2.Environment().from_string(chat_template(name, layout)).render(messages=messages, eos_token="</s>")
     assert name in CHAT and theirs == ours

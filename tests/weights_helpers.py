@@ -1,5 +1,7 @@
 """Tiny checkpoints as other programs write them."""
 
+import json
+
 VISION = {
     "hidden_size": 24,
     "intermediate_size": 40,
@@ -40,6 +42,14 @@ def make(kind):
                 vision_config=t.CLIPVisionConfig(**VISION), text_config=t.LlamaConfig(**TEXT), image_token_index=63
             )
         ),
+        "llava_next": lambda: t.LlavaNextForConditionalGeneration(
+            t.LlavaNextConfig(
+                vision_config=t.CLIPVisionConfig(**VISION),
+                text_config=t.LlamaConfig(**TEXT),
+                image_token_index=63,
+                image_grid_pinpoints=[[28, 56], [56, 28], [84, 28]],
+            )
+        ),
         "llava_siglip": lambda: t.LlavaForConditionalGeneration(
             t.LlavaConfig(
                 vision_config=t.SiglipVisionConfig(**VISION),
@@ -70,11 +80,11 @@ def saver(tmp_path_factory):
     return get
 
 
-def write_gguf(path, tensors, metadata=()):
+def write_gguf(path, tensors, metadata=(), architecture="llama"):
     """`tensors`: {name: (values, type)}; `metadata`: [(writer method, key, value)]."""
     import gguf
 
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, architecture)
     for method, key, value in metadata:
         getattr(writer, method)(key, value)
     writer.add_array("tokenizer.ggml.tokens", ["<s>", "héllo", "world"])
@@ -85,3 +95,19 @@ def write_gguf(path, tensors, metadata=()):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def tokenizer_folder(path, image=True, size=60):
+    """A word-level tokenizer of `size` words, with or without `<image>`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<unk>", "<s>", "</s>", "<image>" if image else "other", *(f"w{i}" for i in range(size - 4))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"] + ["<image>"] * image)
+    path.mkdir(exist_ok=True)
+    tokenizer.save(str(path / "tokenizer.json"))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    return path

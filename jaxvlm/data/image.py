@@ -8,11 +8,12 @@ all is uint8.
 from __future__ import annotations
 
 import io
+import math
 import os
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from jaxvlm.data import DataError
 
@@ -30,9 +31,7 @@ def load_image(source: ImageSource, name: str | None = None) -> Image.Image:
     Raises `DataError` naming the file (or `name`) if it is missing, empty, truncated, not an image, or too
     large.
     """
-    name = name or (
-        str(source) if isinstance(source, (str, os.PathLike)) else f"image given as {type(source).__name__}"
-    )
+    name = name or _name(source)
     try:
         if isinstance(source, np.ndarray):
             return to_rgb(Image.fromarray(_checked_array(source, name)))
@@ -47,9 +46,38 @@ def load_image(source: ImageSource, name: str | None = None) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise DataError(_too_large(name, "")) from error
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, EOFError, struct.error and more
-        raise DataError(
-            f"{name} cannot be read as an image: {error}. Replace the file or leave its records out."
-        ) from error
+        raise DataError(_unreadable(name, error)) from error
+
+
+def image_size(source: ImageSource, name: str | None = None) -> tuple[int, int]:
+    """(width, height) of `load_image` of the same source, from the file's header alone.
+
+    Raises `DataError` naming the file if its header cannot be read.
+    """
+    name = name or _name(source)
+    if isinstance(source, np.ndarray):
+        return _checked_array(source, name).shape[1::-1]
+    if isinstance(source, Image.Image):
+        return _upright_size(source)
+    try:
+        with _open(source, name) as image:
+            return _upright_size(image)
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(_unreadable(name, error)) from error
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    try:
+        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    except Exception:  # as in `to_rgb`
+        turned = False
+    return image.size[::-1] if turned else image.size
+
+
+def _name(source: ImageSource) -> str:
+    return str(source) if isinstance(source, (str, os.PathLike)) else f"image given as {type(source).__name__}"
 
 
 def _open(source: str | os.PathLike | bytes, name: str) -> Image.Image:
@@ -64,6 +92,10 @@ def _open(source: str | os.PathLike | bytes, name: str) -> Image.Image:
 def _too_large(name: str, size: str) -> str:
     limit = f"{MAX_PIXELS:,} pixels"
     return f"{name}{size} has more than {limit}, which is refused as a decompression bomb. Shrink the file."
+
+
+def _unreadable(name: str, error: Exception) -> str:
+    return f"{name} cannot be read as an image: {error}. Replace the file or leave its records out."
 
 
 def _checked_array(array: np.ndarray, name: str) -> np.ndarray:
@@ -135,14 +167,47 @@ TRANSFORMS: dict[str, tuple[int, Callable[[Image.Image, int, Sequence[float]], I
 }
 
 
+# Transforms that cut an image into tiles (see `data.tiles`): version, and what makes the whole view in front of them.
+TILED = {"anyres": (1, naive), "hd": (1, letterbox)}
+
+
 def transform_version(name: str) -> str:
     """`name/version`, which changes whenever the pixels do. Raises `DataError` for an unknown name."""
-    if name not in TRANSFORMS:
-        raise DataError(f"There is no image transform {name!r}; the transforms are {', '.join(TRANSFORMS)}.")
-    return f"{name}/{TRANSFORMS[name][0]}"
+    known = TRANSFORMS | TILED
+    if name not in known:
+        raise DataError(f"There is no image transform {name!r}; the transforms are {', '.join(known)}.")
+    return f"{name}/{known[name][0]}"
 
 
 def transform(image: Image.Image, name: str, size: int, mean: Sequence[float]) -> np.ndarray:
     """An RGB image as uint8 [size, size, 3] by the named transform; `mean` (0 to 1) colours the letterbox."""
     transform_version(name)
     return np.asarray(TRANSFORMS[name][1](image, size, mean), np.uint8)  # [H, W, 3]
+
+
+def fit(width: int, height: int, grid: tuple[int, int], size: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The (width, height) of an image enlarged or shrunk into `grid` (rows, columns) of tiles, and its corner there.
+
+    The aspect ratio stays, up to rounding up (LLaVA-NeXT's `resize_and_pad_image`).
+    """
+    high, wide = (count * size for count in grid)
+    by_width, by_height = wide / width, high / height
+    if by_width < by_height:
+        new = (wide, min(math.ceil(height * by_width), high))
+    else:
+        new = (min(math.ceil(width * by_height), wide), high)
+    return new, ((wide - new[0]) // 2, (high - new[1]) // 2)
+
+
+def tiles(image: Image.Image, name: str, size: int, mean: Sequence[float], grid: tuple[int, int]) -> np.ndarray:
+    """An RGB image as uint8 [1 + rows * columns, size, size, 3]: the whole view, then the tiles of `grid` row by row.
+
+    They are cut from the image resized to fit the grid, centred on black.
+    """
+    rows, columns = grid
+    new, corner = fit(*image.size, grid, size)
+    canvas = Image.new("RGB", (columns * size, rows * size))
+    canvas.paste(image.resize(new, Image.Resampling.BICUBIC), corner)
+    pieces = np.asarray(canvas, np.uint8).reshape(rows, size, columns, size, 3).swapaxes(1, 2)
+    whole = np.asarray(TILED[name][1](image, size, mean), np.uint8)
+    return np.concatenate([whole[None], pieces.reshape(-1, size, size, 3)])

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,11 @@ from jaxvlm.config import DataConfig, ModelConfig, PromptConfig
 from jaxvlm.data import DataError
 from jaxvlm.data.conversation import check_template
 from jaxvlm.data.image import transform_version
-from jaxvlm.data.layout import visual_tokens
 from jaxvlm.data.packing import plan
 from jaxvlm.data.rows import RowReader, Samples
 from jaxvlm.data.sources import image_path, missing_files
-from jaxvlm.data.table import cached_table, open_table, splice_settings, table_images, table_text
+from jaxvlm.data.table import cached_table, open_table, splicing_for, table_images, table_text
+from jaxvlm.data.tiles import tiling
 from jaxvlm.data.tokenizer import Tokenizer
 
 Batch = dict[str, np.ndarray]
@@ -37,9 +37,9 @@ class Loader:
 
     `batch_size` rows make a global batch; this process gets rows `p * B / n` to `(p + 1) * B / n` of each.
     The run ends after `steps`, or after `epochs` (a fraction is the first part of an epoch; default 1).
-    `features` is an array [n, N, Dv] (a memmap for choice) with a mapping from absolute image paths to its
-    rows; batches then carry 'features' [B, T, N, Dv] in place of 'pixels' uint8 [B, T, H, W, 3]. If no record
-    has an image, both and 'tile_mask' are left out.
+    `features` is an array [n, N, Dv] (a memmap for choice) with a mapping from absolute image paths to the row
+    of their first tile; batches then carry 'features' [B, T, N, Dv] in place of 'pixels' uint8 [B, T, H, W, 3].
+    If no record has an image, both and 'tile_mask' are left out.
 
     Raises `DataError` for records that cannot be used, unless `data.bad_records` is 'skip': they are then
     listed in the file `skipped_path`, one JSON line each with the reason.
@@ -70,12 +70,10 @@ class Loader:
         self.process_index, self.process_count = process_index, process_count
         self.tokenizer = tokenizer = tokenizer or Tokenizer(prompt.tokenizer)
         check_template(tokenizer, prompt.template)
-        pixels = transform_version(prompt.transform)
-
-        splicing = splice_settings(prompt, tokenizer, visual_tokens(model), data.images_per_row)
+        splicing = splicing_for(prompt, tokenizer, tiling(model, prompt), data.tiles_per_row)
         cache = cache_folder(cache_dir) / "tables"
         self._tables = [
-            str(cached_table(source, prompt.template, splicing, tokenizer, (seed, i), cache, log))
+            cached_table(source, prompt.template, splicing, tokenizer, (seed, i), cache, log)
             for i, source in enumerate(data.sources)
         ]
         self._samples, skipped = _usable_samples(data, self._tables, features)
@@ -85,8 +83,9 @@ class Loader:
         if not len(self._samples.source):
             raise DataError(f"No usable record is left in {', '.join(source.path for source in data.sources)}.")
 
-        packing = [data.packing, data.virtual_shards, data.images_per_row]
-        settings = [packing, splicing, pixels, model.vision.image_size, model.vision.mean]
+        packing = [data.packing, data.virtual_shards, data.tiles_per_row]
+        pixels = transform_version(prompt.transform)
+        settings = [packing, splicing.settings, asdict(splicing.tiling), pixels]
         self._rows, self._row_offsets, first = self._plan(steps, epochs)
         self.num_rows = len(self._row_offsets) - 1
         self.num_steps = -(-self.num_rows // batch_size)
@@ -100,9 +99,6 @@ class Loader:
             row_offsets=self._row_offsets,
             folders=[source.images for source in data.sources],
             splicing=splicing,
-            transform=prompt.transform,
-            image_size=model.vision.image_size,
-            mean=model.vision.mean,
             skip_bad_images=data.bad_records == "skip",
             features=features,
         )
@@ -182,7 +178,8 @@ class Loader:
             "supervised_tokens": int(samples.supervised[used].sum()),
             "images": int(samples.images[used].sum()),
             "fill": tokens / (self.num_rows * self.prompt.length),
-            "image_fill": float(samples.images[used].sum() / (self.num_rows * self.data.images_per_row)),
+            "tiles": int(samples.tiles[used].sum()),
+            "tile_fill": float(samples.tiles[used].sum() / (self.num_rows * self.data.tiles_per_row)),
             "skipped": len(self._skipped),
             "truncated": int(samples.truncated.sum()),
             "dropped_images": int(samples.dropped_images.sum()),
@@ -224,7 +221,7 @@ def epoch_rows(samples: Samples, data: DataConfig, length: int, seed: int, epoch
     queues = []
     for v in range(shards):
         mine = order[v::shards]
-        planned = plan(samples.length[mine], samples.images[mine], length, data.images_per_row, [seed, epoch, v])
+        planned = plan(samples.length[mine], samples.tiles[mine], length, data.tiles_per_row, [seed, epoch, v])
         queues.append([mine[row] for row in planned])
     return [queue[i] for i in range(max(map(len, queues))) for queue in queues if i < len(queue)]
 
@@ -258,9 +255,8 @@ def _usable_samples(data: DataConfig, tables: list[str], features) -> tuple[Samp
             missing = set(missing_files(paths))
         else:
             missing = {n for n, path in enumerate(paths) if path not in features[1]}
-        counts = np.diff(table.image_offsets)
-        owner = np.repeat(np.arange(len(counts)), counts)
-        bad_rows = np.unique(owner[np.isin(table.images, list(missing))])
+        counts = table.used_images
+        bad_rows = _rows_with(table, missing)
         for row in bad_rows:
             path = next(paths[n] for n in table_images(table, row) if n in missing)
             why = {"reason": f"image file {path} is missing or empty", "image": path}
@@ -269,9 +265,17 @@ def _usable_samples(data: DataConfig, tables: list[str], features) -> tuple[Samp
         copies = np.array(table.copies)
         copies[bad_rows] = 0
         rows = np.repeat(np.arange(len(counts)), copies)
-        columns = (table.lengths, counts, table.supervised_tokens, table.dropped_images, table.truncated)
+        columns = (table.lengths, counts, table.tiles, table.supervised_tokens, table.dropped_images, table.truncated)
         parts.append((np.full(len(rows), i), rows, *(column[rows] for column in columns)))
     return Samples(*(np.concatenate(column).astype(np.int64) for column in zip(*parts, strict=True))), skipped
+
+
+def _rows_with(table, names: set[int]) -> np.ndarray:
+    """The table's rows that use one of these images."""
+    totals = np.diff(table.image_offsets)
+    owner = np.repeat(np.arange(len(totals)), totals)
+    used = np.arange(len(owner)) - np.asarray(table.image_offsets)[owner] < table.used_images[owner]
+    return np.unique(owner[np.isin(table.images, list(names)) & used])
 
 
 def _report(skipped: list[dict], data: DataConfig, path: str | os.PathLike, write: bool) -> str | None:

@@ -11,11 +11,11 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxvlm.data import DataError
-from jaxvlm.data.image import load_image, transform
-from jaxvlm.data.layout import splice
+from jaxvlm.data.image import load_image
 from jaxvlm.data.packing import assemble
 from jaxvlm.data.sources import image_path
-from jaxvlm.data.table import open_table, table_encoded, table_images
+from jaxvlm.data.table import Splicing, open_table, table_images, table_plans, table_spliced
+from jaxvlm.data.tiles import ImagePlan, image_tiles, pixel_names
 
 
 class Samples(NamedTuple):
@@ -25,6 +25,7 @@ class Samples(NamedTuple):
     row: np.ndarray  # in the source's table
     length: np.ndarray  # tokens, visual ones included
     images: np.ndarray
+    tiles: np.ndarray
     supervised: np.ndarray
     dropped_images: np.ndarray
     truncated: np.ndarray
@@ -39,10 +40,7 @@ class RowReader:
     rows: np.ndarray  # flat sample indices
     row_offsets: np.ndarray
     folders: list[str]
-    splicing: dict
-    transform: str
-    image_size: int
-    mean: tuple[float, ...]
+    splicing: Splicing
     skip_bad_images: bool
     features: tuple[np.ndarray, Mapping[str, int]] | None
 
@@ -70,41 +68,52 @@ class RowReader:
         chosen = self.rows[self.row_offsets[row] : self.row_offsets[row + 1]] if inside else []
         places = [(int(self.samples.source[i]), int(self.samples.row[i])) for i in chosen]
         tables = [open_table(self.tables[source]) for source, _ in places]
-        parts = [splice(table_encoded(t, row), **self.splicing) for t, (_, row) in zip(tables, places, strict=True)]
-        patches, pad_id = self.splicing["num_visual_tokens"], self.splicing["pad_id"]
-        sources = [source for source, _ in places]
-        arrays = assemble(parts, self.splicing["length"], patches, source_ids=sources, pad_id=pad_id)
+        parts = [table_spliced(t, row, self.splicing) for t, (_, row) in zip(tables, places, strict=True)]
+        tiling, settings = self.splicing.tiling, self.splicing.settings
+        arrays = assemble(
+            parts,
+            settings["length"],
+            tiling.tile_tokens,
+            source_ids=[source for source, _ in places],
+            pad_id=settings["pad_id"],
+            blends=tiling.blends and self.has_images,
+        )
         if self.has_images:
             images = [
-                (segment, source, int(name))
+                (segment, source, int(name), plan)
                 for segment, (table, (source, row)) in enumerate(zip(tables, places, strict=True), start=1)
-                for name in table_images(table, row)
+                for name, plan in zip(table_images(table, row), table_plans(table, row, self.splicing), strict=False)
             ]
             arrays |= self._tiles(images, arrays)
         return arrays
 
-    def _tiles(self, images: list[tuple[int, int, int]], arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def _tiles(self, images: list[tuple[int, int, int, ImagePlan]], arrays: dict) -> dict[str, np.ndarray]:
         """The tile slots of a row: 'pixels' [T, H, W, 3] or 'features' [T, N, Dv], and 'tile_mask' [T]."""
-        slots = self.splicing["images_per_row"]
-        mask = np.arange(slots) < len(images)
+        slots, tiling = self.splicing.tiles_per_row, self.splicing.tiling
+        mask = np.arange(slots) < sum(plan.tiles for *_, plan in images)
+        tile = 0
         if self.features is not None:
             array = _features(self.features)
             tiles = np.zeros((slots, *array.shape[1:]), array.dtype)
-            for tile, (_, source, name) in enumerate(images):
-                tiles[tile] = array[self.feature_rows[source][name]]
+            for _, source, name, plan in images:
+                first = self.feature_rows[source][name]
+                tiles[tile : tile + plan.tiles] = array[first : first + plan.tiles]
+                tile += plan.tiles
             return {"features": tiles, "tile_mask": mask}
-        tiles = np.zeros((slots, self.image_size, self.image_size, 3), np.uint8)
-        for tile, (segment, source, name) in enumerate(images):
+        made = [np.zeros((slots, size, size, 3), np.uint8) for size, _ in tiling.views]
+        for segment, source, name, plan in images:
             path = image_path(self.folders[source], open_table(self.tables[source]).image_names[name])
             try:
-                tiles[tile] = transform(load_image(path), self.transform, self.image_size, self.mean)
+                for view, tiles in zip(made, image_tiles(load_image(path), tiling, plan, path), strict=True):
+                    view[tile : tile + plan.tiles] = tiles
             except DataError as error:
                 if not self.skip_bad_images:
                     raise
                 # The rows are planned, so the conversation keeps its place and teaches nothing.
                 warnings.warn(f"Left out of the loss: {error}", stacklevel=2)
                 arrays["loss_weights"][arrays["segment_ids"] == segment] = 0.0
-        return {"pixels": tiles, "tile_mask": mask}
+            tile += plan.tiles
+        return dict(zip(pixel_names(len(made)), made, strict=True)) | {"tile_mask": mask}
 
 
 def _file_of(array: np.ndarray) -> np.ndarray | tuple:

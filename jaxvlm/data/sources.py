@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from stat import S_ISREG
 
 import numpy as np
 
@@ -104,16 +105,22 @@ def image_path(images: str, name: str) -> str:
     return os.path.abspath(os.path.join(images, name))
 
 
-def missing_files(paths: Sequence[str]) -> list[int]:
-    """Indices of the paths that are not files with something in them. Threads, for file systems over a
-    network.
+def file_stats(paths: Sequence[str]) -> list[tuple[int, int] | None]:
+    """Size and time of change (ns) of each file; None where there is none, or an empty one. Threads, for file systems
+    over a network.
     """
 
-    def missing(path: str) -> bool:
+    def stat(path: str) -> tuple[int, int] | None:
         try:
-            return not (os.path.isfile(path) and os.path.getsize(path))
+            found = os.stat(path)
         except OSError:
-            return True
+            return None
+        return (found.st_size, found.st_mtime_ns) if S_ISREG(found.st_mode) and found.st_size else None
 
     with ThreadPoolExecutor(16) as pool:
-        return [i for i, gone in enumerate(pool.map(missing, paths, chunksize=256)) if gone]
+        return list(pool.map(stat, paths, chunksize=256))
+
+
+def missing_files(paths: Sequence[str]) -> list[int]:
+    """Indices of the paths that are not files with something in them."""
+    return [i for i, found in enumerate(file_stats(paths)) if found is None]

@@ -11,6 +11,8 @@ from html import escape
 
 from PIL import Image, ImageOps
 
+from jaxvlm.config import ModelConfig, build
+
 SECURITY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 600, 280, 52, 40, 14, 14  # of a loss curve, in SVG units
 POINTS = 300  # a curve with more steps is drawn through the means of this many groups of steps
@@ -313,10 +315,9 @@ def _model_facts(config: dict) -> dict[str, str]:
     if not model:
         return {}
     vision, llm = model["vision"], model["llm"]
-    tokens = (vision["image_size"] // vision["patch_size"] // vision["pool"]) ** 2
-    tokens += vision["feature_tokens"] == "cls_patch"
+    tokens = build(ModelConfig, model).tile_tokens
     return {
-        "Vision": f"{vision['kind']}, {vision['image_size']} px, {tokens} visual tokens an image",
+        "Vision": f"{vision['kind']}, {vision['image_size']} px, {tokens} visual tokens a tile",
         "Connector": model["connector"]["kind"],
         "Language model": f"{llm['depth']} layers of width {llm['width']}, vocabulary {llm['vocab_size']:,}",
         "Compute type": model["dtype"],

@@ -133,6 +133,9 @@ def answer_key(engine: Engine, config: EvalConfig, suffix: str, mode: str, seed:
         "questions": hashlib.sha256(Path(config.path).read_bytes()).hexdigest()[:16],
         "mode": mode,
     }
+    prompt = engine.prompt
+    if prompt.grids or prompt.max_tiles or not prompt.tile_several:
+        key["tiles"] = repr((prompt.grids, prompt.max_tiles, prompt.tile_several))
     return key | {"seed": seed} if mode == "shuffle" else key
 
 

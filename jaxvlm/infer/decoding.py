@@ -7,6 +7,7 @@ the model's config as a static argument, so two engines of the same config share
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -30,11 +31,11 @@ class Sampling(NamedTuple):
 
 
 @partial(jax.jit, static_argnums=0)
-def encode_images(config: ModelConfig, params: dict, pixels: jax.Array) -> jax.Array:
-    """uint8 [U, H, W, 3] -> visual tokens [U, N, D]."""
+def encode_images(config: ModelConfig, params: dict, pixels: Sequence[jax.Array]) -> jax.Array:
+    """Tiles to visual tokens [U, P, D]; `pixels` are uint8 [U, s, s, 3], one array for each view of them."""
 
     def run(model: VLM) -> jax.Array:
-        return model.project(model.encode(pixels[:, None]))
+        return model.project(model.encode(*(view[:, None] for view in pixels)))
 
     return VLM(config).apply({"params": params}, method=run)
 
@@ -47,6 +48,7 @@ def prefill(
     tokens: jax.Array,
     visual_index: jax.Array | None,
     visual: jax.Array | None,
+    blend: tuple[jax.Array, jax.Array] | None,
     lengths: jax.Array,
 ) -> tuple[jax.Array, dict]:
     """Runs left-padded prompts through the decoder.
@@ -54,7 +56,8 @@ def prefill(
     Args:
         slots: static; room in the cache, for the prompts and the answers.
         tokens, visual_index: int32 [B, P].
-        visual: [B, T * N, D], or None (then `visual_index` is not read).
+        visual: [B, T * P, D], or None (then `visual_index` is not read).
+        blend: as in `VLM.embed`.
         lengths: int32 [B], tokens of each prompt.
 
     Returns:
@@ -70,7 +73,7 @@ def prefill(
 
     def run(model: VLM) -> tuple[jax.Array, dict]:
         cache = init_cache(config.llm, batch, slots, jnp.dtype(config.dtype))
-        hidden, cache = model.decode(tokens, visual_index, visual, positions, k_start, k_end, cache)
+        hidden, cache = model.decode(tokens, visual_index, visual, positions, k_start, k_end, cache, blend)
         return model.logits(hidden[:, -1]), cache
 
     return model.apply({"params": params}, method=run)
@@ -159,15 +162,15 @@ def all_logits(
     tokens: jax.Array,
     visual_index: jax.Array,
     visual: jax.Array | None,
-    length,
+    blend: tuple[jax.Array, jax.Array] | None,
+    lengths: jax.Array,
 ) -> jax.Array:
-    """float32 [1, P, V] of a right-padded prompt, int32 [1, P], of which `length` tokens are real."""
-    slot = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    window = config.llm.sliding_window
-    k_start, k_end = intervals.causal((slot < length).astype(jnp.int32), window)
+    """float32 [B, P, V] of right-padded prompts, int32 [B, P], of which `lengths` [B] tokens are real."""
+    slot = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    k_start, k_end = intervals.causal((slot < lengths[:, None]).astype(jnp.int32))
 
     def run(model: VLM) -> jax.Array:
-        x = model.embed(tokens, visual_index, visual)
-        return model.logits(model.llm(x, slot, k_start, k_end)[0])
+        hidden, _ = model.decode(tokens, visual_index, visual, slot, k_start, k_end, None, blend)
+        return model.logits(hidden)
 
     return VLM(config).apply({"params": params}, method=run)

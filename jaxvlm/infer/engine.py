@@ -1,7 +1,6 @@
 """Answering requests: tokens and images in, text out; batched, streamed, or as logits.
 
-A request is `{"messages": [{"role": "user" | "assistant" | "system", "content": str}], "images": [...], "id"?: ...}`.
-Every `<image>` in a user's message stands for one image, in order; an image is a path, a PIL image or a uint8 array.
+A request is `{"messages": [...], "images": [...], "id"?: ...}` in the usual chat form; see `requests.plain`.
 """
 
 from __future__ import annotations
@@ -26,26 +25,37 @@ from jax.sharding import Mesh
 
 from jaxvlm.config import ModelConfig, PromptConfig, to_dict
 from jaxvlm.data import conversation, image
-from jaxvlm.data.layout import splice, visual_tokens
+from jaxvlm.data.layout import splice
+from jaxvlm.data.tiles import ImagePlan, image_plans, image_tiles, tiling
 from jaxvlm.data.tokenizer import Tokenizer
 from jaxvlm.infer import decoding
-from jaxvlm.infer.answers import IMAGE_MARK, RequestError
+from jaxvlm.infer.answers import RequestError
 from jaxvlm.infer.detokenizer import Detokenizer, cut_at
+from jaxvlm.infer.requests import plain
 from jaxvlm.infer.sampler import row_keys
 from jaxvlm.models.vlm import abstract_params, logical_axes
 from jaxvlm.parallel.rules import logical_rules, param_shardings, put_batch
 
 BATCH_SIZE = 16
 VISUAL_CACHE_BYTES = 512 * 2**20  # on the host; a chat and ten questions about one image encode it once
-IMAGES_PER_PASS = 32
+TILES_PER_PASS = 32
+
+
+class Logits(NamedTuple):
+    """What `Engine.logits` returns."""
+
+    values: np.ndarray  # float32 [B, S, V]
+    mask: np.ndarray  # bool [B, S], the positions that are not padding
 
 
 class Prompt(NamedTuple):
     """A request as the decoder takes it; n tokens, the visual ones included."""
 
     tokens: np.ndarray  # int32 [n]
-    visual_index: np.ndarray  # int32 [n], -1 for text
+    visual_index: np.ndarray  # int32 [n], -1 for text, -2 for a row end
+    blend: tuple[np.ndarray, np.ndarray] | None  # as in `VLM.embed`, int32 and float32 [n, 4]
     images: list
+    plans: list[ImagePlan]  # of the images
     row: int  # seeds the row's random numbers, whatever batch it lands in
 
 
@@ -68,6 +78,7 @@ class Engine:
         self.prompt = prompt
         self.params = params
         self.mesh = mesh
+        self.tiling = tiling(config, prompt)
         self.tokenizer = Tokenizer(tokenizer_path or prompt.tokenizer)
         conversation.check_template(self.tokenizer, prompt.template)
         self.end_ids = conversation.stop_ids(self.tokenizer, prompt.template)
@@ -182,23 +193,20 @@ class Engine:
         if rest := writer.finish():
             yield rest
 
-    def logits(self, requests: dict | Sequence[dict]) -> np.ndarray | list[np.ndarray]:
-        """float32 logits [n, V] of a request: row j scores the token after the j-th of the spliced prompt.
+    def logits(self, requests: Sequence[dict]) -> Logits:
+        """Logits of whole prompts, in one batch: `values[i, j]` scores the token after the j-th of request i.
 
-        n counts the visual tokens, which stand where the template puts the image. A list of requests gives a list.
+        Positions count the visual tokens, which stand where the template puts the image; prompts are padded on the right.
         """
-        if not isinstance(requests, dict):
-            return [self.logits(request) for request in requests]
-        prompt = self._prompt(requests, 0)
-        length = len(prompt.tokens)
-        rows, width = self._rows(1, 1), bucket(length)
-        tokens, index = np.zeros((rows, width), np.int32), np.full((rows, width), -1, np.int32)
-        tokens[0, :length], index[0, :length] = prompt.tokens, prompt.visual_index
+        prompts = [self._prompt(request, index) for index, request in enumerate(requests)]
+        rows = self._rows(len(prompts), len(prompts))
+        lengths = np.zeros(rows, np.int32)
+        lengths[: len(prompts)] = [len(prompt.tokens) for prompt in prompts]
         with self._on_mesh():
-            visual = self._visual_rows([prompt], rows)
-            inputs = [value if value is None else self._put(value) for value in (tokens, index, visual)]
-            logits = decoding.all_logits(self.config, self.params, *inputs, np.int32(length))
-            return np.asarray(logits)[0, :length]
+            inputs = self._padded(prompts, rows, left=False)
+            values = decoding.all_logits(self.config, self.params, *inputs, lengths)
+        mask = np.arange(lengths.max()) < lengths[: len(prompts), None]
+        return Logits(np.asarray(values)[: len(prompts), : mask.shape[1]], mask)
 
     @property
     def fingerprint(self) -> str:
@@ -214,17 +222,8 @@ class Engine:
     # ---------------------------------------------------------------------------------------------------- from request
 
     def _prompt(self, request: dict, index: int) -> Prompt:
-        name = f"Request {request.get('id', index)}"
-        messages, images = request["messages"], list(request.get("images") or [])
-        marks = sum(message["content"].count(IMAGE_MARK) for message in messages if message.get("role") == "user")
-        if marks != len(images):
-            raise RequestError(
-                f"{name} has {marks} {IMAGE_MARK} in its messages but {len(images)} image(s). "
-                f"Every {IMAGE_MARK} stands for one image, in order."
-            )
-        for item in images:
-            if isinstance(item, (str, os.PathLike)) and not Path(item).is_file():
-                raise RequestError(f"{name}: the image {item} does not exist.")
+        name = f"Request {request.get('id', index) if isinstance(request, dict) else index}"
+        messages, images = plain(request, name)
         tokens = conversation.prompt(messages, self.tokenizer, self.prompt.template, self.prompt.layout)
         if tokens.max() >= self.config.llm.vocab_size:
             raise RequestError(
@@ -232,18 +231,26 @@ class Engine:
                 f"{self.config.llm.vocab_size} tokens. It belongs to another model; see prompt.tokenizer."
             )
         limit = self.config.llm.max_positions
-        visual = visual_tokens(self.config)
-        length = len(tokens) + len(images) * (visual - 1)
+        plans = self._plans(images)
+        visual = sum(len(plan.index) for plan in plans)
+        length = len(tokens) + visual - len(images)
         if length >= limit:
-            parts = f", {len(images) * visual} of them of images" if images else ""
+            parts = f", {visual} of them of images" if images else ""
             raise RequestError(
                 f"{name} is {length} tokens long{parts}; the model has {limit} positions, and the answer needs some. "
                 "Shorten the conversation (in a chat: /clear)."
             )
         encoded = conversation.Encoded(tokens, np.zeros(len(tokens), np.float32))
-        spliced = splice(encoded, visual, self.prompt.layout, bos_id=self.tokenizer.bos_id)
+        tile_tokens, bos_id = self.tiling.tile_tokens, self.tokenizer.bos_id
+        spliced = splice(encoded, plans, self.prompt.layout, tile_tokens=tile_tokens, bos_id=bos_id)
         row = zlib.crc32(str(request.get("id", index)).encode())
-        return Prompt(spliced.tokens, spliced.visual_index, images, row)
+        blend = None if spliced.shares is None else (spliced.corners, spliced.shares)
+        return Prompt(spliced.tokens, spliced.visual_index, blend, images, plans, row)
+
+    def _plans(self, images: Sequence[Any]) -> list[ImagePlan]:
+        """The tiles and visual tokens of a request's images; their sizes are looked up only if they matter."""
+        sizes = [image.image_size(item) if self.tiling.sized else (0, 0) for item in images]
+        return image_plans(self.tiling, sizes)
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode([i for i in ids if i not in self.end_ids])
@@ -262,8 +269,6 @@ class Engine:
 
     def _inputs(self, prompts: Sequence[Prompt], rows: int, max_new_tokens, temperature, top_p, seed):
         """Left-pads prompts into a batch of `rows` (the last of which may be empty): (inputs of prefill, sampling)."""
-        width = bucket(max(len(prompt.tokens) for prompt in prompts))
-        tokens, index = np.zeros((rows, width), np.int32), np.full((rows, width), -1, np.int32)
         lengths, limits, row_ids = (
             np.ones(rows, np.int32),
             np.zeros(rows, np.int32),
@@ -271,60 +276,92 @@ class Engine:
         )
         for row, prompt in enumerate(prompts):
             lengths[row] = len(prompt.tokens)
-            tokens[row, -lengths[row] :], index[row, -lengths[row] :] = prompt.tokens, prompt.visual_index
             limits[row] = min(max_new_tokens, self.config.llm.max_positions - lengths[row])
             row_ids[row] = prompt.row
-        visual = self._visual_rows(prompts, rows)
         ends = np.asarray(self.end_ids or (-1,), np.int32)
         sampling = decoding.Sampling(
             row_keys(seed, row_ids), np.float32(max(temperature, 1e-6)), np.float32(top_p), ends, limits
         )
+        return self._padded(prompts, rows), lengths, sampling
+
+    def _padded(self, prompts: Sequence[Prompt], rows: int, left: bool = True) -> tuple:
+        """Prompts as a batch of `rows`, padded to a common length: tokens, visual_index, visual tokens and blend.
+
+        Without any image all but the tokens are None.
+        """
+        width = bucket(max(len(prompt.tokens) for prompt in prompts))
+        tokens, index = np.zeros((rows, width), np.int32), np.full((rows, width), -1, np.int32)
+        corners, shares = np.zeros((2, rows, width, 4) if self.tiling.blends else (2, 0))
+        corners, shares = corners.astype(np.int32), shares.astype(np.float32)
+        for row, prompt in enumerate(prompts):
+            length = len(prompt.tokens)
+            place = (row, slice(width - length, width) if left else slice(length))
+            tokens[place], index[place] = prompt.tokens, prompt.visual_index
+            if prompt.blend:
+                corners[place], shares[place] = prompt.blend
+        visual = self._visual_rows(prompts, rows)
         if visual is None:
-            return (self._put(tokens), None, None), lengths, sampling
-        return (self._put(tokens), self._put(index), self._put(visual)), lengths, sampling
+            return self._put(tokens), None, None, None
+        blend = (self._put(corners), self._put(shares)) if self.tiling.blends else None
+        return self._put(tokens), self._put(index), self._put(visual), blend
 
     def _visual_rows(self, prompts: Sequence[Prompt], rows: int) -> np.ndarray | None:
-        """Visual tokens of a batch, [rows, T * N, D]; None if no prompt has an image."""
-        most = max(len(prompt.images) for prompt in prompts)
+        """Visual tokens of a batch, [rows, T * P, D]; None if no prompt has an image."""
+        most = max(sum(plan.tiles for plan in prompt.plans) for prompt in prompts)
         if not most:
             return None
-        tiles = 1 << (most - 1).bit_length()  # few shapes: 1, 2, 4, ... images a row
-        found = self._encode_images([item for prompt in prompts for item in prompt.images])
-        tokens, width = found[0].shape
-        visual = np.zeros((rows, tiles * tokens, width), found[0].dtype)
+        slots = 1 << (most - 1).bit_length()  # few shapes: 1, 2, 4, ... tiles a row
+        found = self._encode_images(
+            [pair for prompt in prompts for pair in zip(prompt.images, prompt.plans, strict=True)]
+        )
+        tokens, width = found[0].shape[1:]
+        visual = np.zeros((rows, slots, tokens, width), found[0].dtype)
         pieces = iter(found)
         for row, prompt in enumerate(prompts):
-            for tile in range(len(prompt.images)):
-                visual[row, tile * tokens : (tile + 1) * tokens] = next(pieces)
-        return visual
+            tile = 0
+            for plan in prompt.plans:
+                visual[row, tile : tile + plan.tiles] = next(pieces)
+                tile += plan.tiles
+        return visual.reshape(rows, slots * tokens, width)
 
-    def _encode_images(self, images: Sequence[Any]) -> list[np.ndarray]:
-        """Visual tokens [N, D] of each image; every distinct picture goes through the tower once."""
-        vision = self.config.vision
+    def _encode_images(self, images: Sequence[tuple[Any, ImagePlan]]) -> list[np.ndarray]:
+        """Visual tokens [t, P, D] of each image's tiles; every distinct picture goes through the tower once."""
 
-        def read(item: Any) -> tuple[bytes, np.ndarray]:
-            pixels = image.transform(image.load_image(item), self.prompt.transform, vision.image_size, vision.mean)
-            return hashlib.sha256(pixels.tobytes()).digest(), pixels
+        def read(pair: tuple[Any, ImagePlan]) -> tuple[bytes, list[np.ndarray]]:
+            item, plan = pair
+            views = image_tiles(image.load_image(item), self.tiling, plan, str(item))
+            return hashlib.sha256(b"".join(view.tobytes() for view in views)).digest(), views
 
-        names = [str(item) if isinstance(item, (str, os.PathLike)) else id(item) for item in images]
+        names = [(str(i) if isinstance(i, (str, os.PathLike)) else id(i), plan.grid) for i, plan in images]
         distinct = dict(zip(names, images, strict=True))
         with ThreadPoolExecutor(4) as pool:
             loaded = dict(zip(distinct, pool.map(read, distinct.values()), strict=True))
         keys = [loaded[name][0] for name in names]
         found = {key: self._visual[key] for key in keys if key in self._visual}
-        missing = list({key: pixels for key, pixels in loaded.values() if key not in found}.items())
-        for start in range(0, len(missing), IMAGES_PER_PASS):
-            part = missing[start : start + IMAGES_PER_PASS]
-            pixels = np.zeros((self._rows(len(part), IMAGES_PER_PASS), *part[0][1].shape), np.uint8)
-            pixels[: len(part)] = [item for _, item in part]
-            visual = np.asarray(decoding.encode_images(self.config, self.params, self._put(pixels)))
-            found |= {key: visual[i] for i, (key, _) in enumerate(part)}
+        missing = {key: views for key, views in loaded.values() if key not in found}
+        found |= self._encode_tiles(missing)
         for key in dict.fromkeys(keys):
             self._visual[key] = found[key]
             self._visual.move_to_end(key)
-        while len(self._visual) > 1 and len(self._visual) * found[keys[0]].nbytes > VISUAL_CACHE_BYTES:
-            self._visual.popitem(last=False)
+        size = sum(item.nbytes for item in self._visual.values())
+        while len(self._visual) > 1 and size > VISUAL_CACHE_BYTES:
+            size -= self._visual.popitem(last=False)[1].nbytes
         return [found[key] for key in keys]
+
+    def _encode_tiles(self, images: dict[bytes, list[np.ndarray]]) -> dict[bytes, np.ndarray]:
+        """Visual tokens [t, P, D] of images given as views [t, s, s, 3]; tiles of many images share a pass."""
+        if not images:
+            return {}
+        views = [np.concatenate(view) for view in zip(*images.values(), strict=True)]
+        done = []
+        for start in range(0, len(views[0]), TILES_PER_PASS):
+            part = [view[start : start + TILES_PER_PASS] for view in views]
+            count = len(part[0])
+            extra = self._rows(count, TILES_PER_PASS) - count
+            padded = [self._put(np.pad(view, [(0, extra), (0, 0), (0, 0), (0, 0)])) for view in part]
+            done.append(np.asarray(decoding.encode_images(self.config, self.params, padded))[:count])
+        ends = np.cumsum([len(views[0]) for views in images.values()])
+        return dict(zip(images, np.split(np.concatenate(done), ends[:-1]), strict=True))
 
     def _rows(self, count: int, most: int) -> int:
         """Rows computed at once for `count` of them: `most`, or for fewer the next power of two.
@@ -347,26 +384,29 @@ class Engine:
             yield
 
 
-def load(path: str | os.PathLike, mesh: Mesh | None = None) -> Engine:
-    """An engine from a run's work directory, a saved jaxvlm model, or a folder in llava-hf's form.
+def load(path: str | os.PathLike, dtype: str | None = "float32", mesh: Mesh | None = None) -> Engine:
+    """An engine from a run's work directory, a saved jaxvlm model, or a whole model in any format that jaxvlm reads.
+
+    Args:
+        dtype: what the parameters are kept and computed in. None takes a run as it was trained and saved, and any other
+            checkpoint in float32 on a CPU and bfloat16 elsewhere.
+        mesh: the devices to spread over; None is one device.
 
     Raises `CheckpointError` or `WeightsError` saying what is wrong with `path`.
     """
     # Imported here: what only answers requests from parameters at hand needs neither of them.
-    from jaxvlm.weights import import_model, prompt_from
-    from jaxvlm.weights.saved import MANIFEST, load_model
+    from jaxvlm.weights import load_any
+    from jaxvlm.weights.configs import is_run
 
     def on_mesh(config: ModelConfig) -> dict:
         return param_shardings(logical_axes(config), abstract_params(config), mesh)
 
-    shardings = on_mesh if mesh else None
     path = Path(path).expanduser()
-    ours = any((folder / MANIFEST).is_file() for folder in (path, path / "model"))
-    foreign = path / "config.json"
-    if not ours and foreign.is_file() and "model_type" in json.loads(foreign.read_text(encoding="utf-8")):
-        config, params = import_model(path, shardings=shardings)
-        return Engine(config, prompt_from(path), params, mesh=mesh)
-    params, config, prompt, _ = load_model(path, shardings)
+    if dtype is None and not is_run(path):
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    kept = None if dtype is None else jnp.dtype(dtype)
+    config, prompt, params = load_any(path, dtype=kept, shardings=on_mesh if mesh else None)
+    config = config if dtype is None else dataclasses.replace(config, dtype=dtype)
     return Engine(config, prompt, params, mesh=mesh)
 
 

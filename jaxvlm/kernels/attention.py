@@ -24,7 +24,7 @@ class Implementation(NamedTuple):
 
     name: str
     supports: Callable[[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct], str | None]
-    run: Callable[..., jax.Array]  # (q, k, v, k_start, k_end, scale) -> out
+    run: Callable[..., jax.Array]  # (q, k, v, k_start, k_end, scale, softcap) -> out
 
 
 def attention(
@@ -35,6 +35,7 @@ def attention(
     k_start: jax.Array,
     k_end: jax.Array,
     scale: float | None = None,
+    softcap: float | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Softmax attention in which query i sees the keys `k_start[i] <= j < k_end[i]`.
@@ -48,6 +49,7 @@ def attention(
         k, v: [B, T, K, h] with K dividing H.
         k_start, k_end: int32 [B, S]; see `jaxvlm.kernels.intervals`.
         scale: multiplies the scores; h**-0.5 when None.
+        softcap: bounds the scaled scores smoothly, softcap * tanh(score / softcap) (Gemma 2, Riviere et al. 2024, §2).
         implementation: forces one by name; None takes the first that supports the call.
 
     Returns:
@@ -58,7 +60,7 @@ def attention(
     """
     _check_shapes(q, k, v, k_start, k_end)
     chosen = _choose(jax.default_backend(), jax.typeof(q), jax.typeof(k), implementation)
-    out = chosen.run(q, k, v, k_start, k_end, q.shape[-1] ** -0.5 if scale is None else scale)
+    out = chosen.run(q, k, v, k_start, k_end, q.shape[-1] ** -0.5 if scale is None else scale, softcap)
     return checkpoint_name(out, "attention_out")
 
 
@@ -101,7 +103,7 @@ def _log_choice(backend: str, name: str, passed_over: tuple[str, ...]) -> None:
 # -------------------------------------------------------------------------------------------------- the XLA reference
 
 
-def _xla(q, k, v, k_start, k_end, scale):
+def _xla(q, k, v, k_start, k_end, scale, softcap):
     """The reference: dense for short sequences, over rematerialised blocks of queries for long ones."""
     batch, length, heads, head_dim = q.shape
     keys, kv_heads = k.shape[1:3]
@@ -113,7 +115,7 @@ def _xla(q, k, v, k_start, k_end, scale):
 
     blocks = _num_blocks(length, keys)
     if blocks == 1:
-        return _dense(q, k, v, k_start, k_end, scale).reshape(batch, length, heads, head_dim)
+        return _dense(q, k, v, k_start, k_end, scale, softcap).reshape(batch, length, heads, head_dim)
 
     size = math.ceil(length / blocks)
 
@@ -121,14 +123,16 @@ def _xla(q, k, v, k_start, k_end, scale):
         x = jnp.pad(x, [(0, 0), (0, blocks * size - length)] + [(0, 0)] * (x.ndim - 2))
         return x.reshape(batch, blocks, size, *x.shape[2:]).swapaxes(0, 1)
 
-    block = jax.checkpoint(lambda each: _dense(each[0], k, v, each[1], each[2], scale))
+    block = jax.checkpoint(lambda each: _dense(each[0], k, v, each[1], each[2], scale, softcap))
     out = jax.lax.map(block, (split(q), split(k_start), split(k_end)))  # [blocks, B, size, K, G, h]
     return out.swapaxes(0, 1).reshape(batch, blocks * size, heads, head_dim)[:, :length]
 
 
-def _dense(q, k, v, k_start, k_end, scale):
+def _dense(q, k, v, k_start, k_end, scale, softcap):
     """[B, S, K, G, h] queries against [B, T, K, h] keys and values -> [B, S, K, G, h]."""
     scores = jnp.einsum("bskgh,btkh->bkgst", q, k, preferred_element_type=jnp.float32) * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
     index = jnp.arange(k.shape[1])
     visible = (k_start[..., None] <= index) & (index < k_end[..., None])  # [B, S, T]
     visible = visible[:, None, None]

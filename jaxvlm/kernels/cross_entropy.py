@@ -14,7 +14,14 @@ import jax.numpy as jnp
 
 
 def linear_cross_entropy(
-    hidden: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array, *, chunk: int = 64
+    hidden: jax.Array,
+    kernel: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    *,
+    bias: jax.Array | None = None,
+    softcap: float | None = None,
+    chunk: int = 64,
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted sum of the next-token losses of a linear head.
 
@@ -26,11 +33,13 @@ def linear_cross_entropy(
         kernel: [D, V]; cast to hidden's dtype.
         targets: int32 [B, S]; not read where the weight is 0.
         weights: float32 [B, S]; positions of weight 0 cost nothing beyond the padding of the last chunk.
+        bias: [V], added to the logits in float32, or None.
+        softcap: the logits become softcap * tanh(logits / softcap), after the bias.
         chunk: positions of each row that are computed at once; [B, chunk, V] float32 logits exist at a time.
 
     Returns:
-        loss: float32 scalar, sum(weights * nll); differentiable with respect to `hidden` and `kernel`, and to no
-            more of the two than is asked for: a frozen head costs no gradient product.
+        loss: float32 scalar, sum(weights * nll); differentiable with respect to `hidden`, `kernel` and `bias`, and to
+            no more of them than is asked for: a frozen head costs no gradient product.
         nll: float32 [B, S], the negative log-likelihood where the weight is not 0, else 0. Carries no gradient.
     """
     if targets.shape != hidden.shape[:2] or weights.shape != hidden.shape[:2] or kernel.shape[0] != hidden.shape[2]:
@@ -38,41 +47,37 @@ def linear_cross_entropy(
             f"linear_cross_entropy: hidden {hidden.shape}, kernel {kernel.shape}, targets {targets.shape} "
             f"and weights {weights.shape} do not fit together."
         )
-    loss, nll = _weighted_sum(hidden, kernel, targets, jax.lax.stop_gradient(weights), chunk)
+    loss, nll = _weighted_sum(hidden, kernel, bias, targets, jax.lax.stop_gradient(weights), chunk, softcap)
     return loss, jax.lax.stop_gradient(nll)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _weighted_sum(hidden, kernel, targets, weights, chunk):
-    loss, nll, _, _ = _compute(hidden, kernel, targets, weights, chunk)
-    return loss, nll
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _weighted_sum(hidden, kernel, bias, targets, weights, chunk, softcap):
+    return _compute(hidden, kernel, bias, targets, weights, chunk, softcap)[:2]
 
 
-def _forward(hidden, kernel, targets, weights, chunk):
-    loss, nll, dhidden, dkernel = _compute(
-        hidden.value,
-        kernel.value,
-        targets.value,
-        weights.value,
-        chunk,
-        want_hidden=hidden.perturbed,
-        want_kernel=kernel.perturbed,
+def _forward(hidden, kernel, bias, targets, weights, chunk, softcap):
+    wanted = hidden.perturbed, kernel.perturbed, bias is not None and bias.perturbed
+    bias = bias if bias is None else bias.value
+    loss, nll, gradients = _compute(
+        hidden.value, kernel.value, bias, targets.value, weights.value, chunk, softcap, wanted
     )
-    return (loss, nll), (dhidden, dkernel)
+    return (loss, nll), gradients
 
 
-def _backward(chunk, gradients, cotangents):
+def _backward(chunk, softcap, gradients, cotangents):
     scale = cotangents[0]
     if isinstance(scale, jax.custom_derivatives.SymbolicZero):
-        return None, None, None, None
+        return None, None, None, None, None
     return *(None if each is None else (each * scale).astype(each.dtype) for each in gradients), None, None
 
 
 _weighted_sum.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _compute(hidden, kernel, targets, weights, chunk, want_hidden=False, want_kernel=False):
-    """Loss, nll and the wanted gradients; None stands for those not wanted."""
+def _compute(hidden, kernel, bias, targets, weights, chunk, softcap, wanted=(False, False, False)):
+    """Loss, nll and the wanted gradients of (hidden, kernel, bias); None stands for those not wanted."""
+    want_hidden, want_kernel, want_bias = wanted
     batch, length, width = hidden.shape
     chunk = min(chunk, length)
     padded = math.ceil(length / chunk) * chunk
@@ -87,36 +92,48 @@ def _compute(hidden, kernel, targets, weights, chunk, want_hidden=False, want_ke
     num_chunks = (jnp.max(jnp.sum(supervised, axis=1)) + chunk - 1) // chunk  # the loop's length is data
 
     def body(i, carry):
-        nll, dhidden, dkernel = carry
+        nll, dhidden, dkernel, dbias = carry
         take = partial(jax.lax.dynamic_slice_in_dim, start_index=i * chunk, slice_size=chunk, axis=1)
         put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * chunk, axis=1)
         weight = take(weights)[..., None]  # [B, C, 1]
         x = jnp.take_along_axis(hidden, take(order)[..., None], axis=1)
         x = jnp.where(weight != 0, x, 0)  # what is not supervised may hold anything
         logits = jnp.einsum("bcd,dv->bcv", x, head, preferred_element_type=jnp.float32)
+        if bias is not None:
+            logits = logits + bias.astype(jnp.float32)
+        if softcap is not None:
+            logits = softcap * jnp.tanh(logits / softcap)
         log_total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         # A comparison and not a gather, so that a head sharded over the vocabulary needs no communication for it.
         hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == take(targets)[..., None]
         right = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1, keepdims=True)
         nll = put(nll, jnp.where(weight != 0, log_total - right, 0.0)[..., 0])
-        if want_hidden or want_kernel:
-            dlogits = ((jnp.exp(logits - log_total) - hit) * weight).astype(x.dtype)  # [B, C, V]
+        if any(wanted):
+            dlogits = (jnp.exp(logits - log_total) - hit) * weight  # [B, C, V]
+            if softcap is not None:
+                dlogits = dlogits * (1 - jnp.square(logits / softcap))  # of tanh, by its value
+            if want_bias:
+                dbias = dbias + jnp.sum(dlogits, axis=(0, 1))
+            dlogits = dlogits.astype(x.dtype)
         if want_hidden:
             dhidden = put(dhidden, jnp.einsum("bcv,dv->bcd", dlogits, head))
         if want_kernel:
             dkernel = dkernel + jnp.einsum("bcd,bcv->dv", x, dlogits, preferred_element_type=jnp.float32)
-        return nll, dhidden, dkernel
+        return nll, dhidden, dkernel, dbias
 
     carry = (
         jnp.zeros((batch, padded), jnp.float32),
         jnp.zeros((batch, padded, width), hidden.dtype) if want_hidden else None,
         jnp.zeros(kernel.shape, jnp.float32) if want_kernel else None,
+        jnp.zeros(bias.shape, jnp.float32) if want_bias else None,
     )
-    nll, dhidden, dkernel = jax.lax.fori_loop(0, num_chunks, body, carry)
+    nll, dhidden, dkernel, dbias = jax.lax.fori_loop(0, num_chunks, body, carry)
     loss = jnp.sum(nll * weights)
     nll = jnp.take_along_axis(nll, rank, axis=1)
     if want_hidden:
         dhidden = jnp.take_along_axis(dhidden, rank[..., None], axis=1)
     if want_kernel:
         dkernel = dkernel.astype(kernel.dtype)
-    return loss, nll, dhidden, dkernel
+    if want_bias:
+        dbias = dbias.astype(bias.dtype)
+    return loss, nll, (dhidden, dkernel, dbias)

@@ -9,20 +9,15 @@ import jax
 import jax.numpy as jnp
 
 
-def causal(segment_ids: jax.Array, window: int | None = None) -> tuple[jax.Array, jax.Array]:
-    """Each token sees itself and what precedes it in its own segment, at most `window` tokens in all.
+def causal(segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Each token sees itself and what precedes it in its own segment.
 
-    Args:
-        segment_ids: int32 [B, S].
-        window: a sliding window as Mistral counts it (the token itself included), or None.
-
-    Returns:
-        k_start, k_end: int32 [B, S].
+    `segment_ids` int32 [B, S] -> k_start, k_end int32 [B, S].
     """
     start, _ = bidirectional(segment_ids)
     index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
     end = jnp.where(segment_ids == 0, 0, index + 1)
-    return limit(start, end, window), end
+    return start, end
 
 
 def bidirectional(segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -46,5 +41,8 @@ def full(batch: int, q_length: int, k_length: int) -> tuple[jax.Array, jax.Array
 
 
 def limit(k_start: jax.Array, k_end: jax.Array, window: int | None) -> jax.Array:
-    """The start of each interval after keeping only its last `window` keys (all of them when `window` is None)."""
+    """The start of each interval after keeping only its last `window` keys (all of them when `window` is None).
+
+    Of a causal interval that is a sliding window as Mistral counts it, the token itself included.
+    """
     return k_start if window is None else jnp.maximum(k_start, k_end - window)

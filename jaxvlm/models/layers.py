@@ -1,4 +1,4 @@
-"""What the towers and the decoder share: projections, norms, activations, rotary positions and the layer stack.
+"""What the towers and the decoder share: projections, norms, activations and the layer stack.
 
 Every parameter carries logical axis names (`nn.with_logical_partitioning`) and every large activation a logical
 constraint; which mesh axis a name means is decided elsewhere, by one table of rules.
@@ -16,8 +16,10 @@ from jaxvlm.config import ConfigError, LoRAConfig
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # OpenAI CLIP
-    "gelu_tanh": partial(jax.nn.gelu, approximate=True),  # SigLIP
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),  # SigLIP, Gemma
     "gelu_erf": partial(jax.nn.gelu, approximate=False),  # DINOv2, and torch's default
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
 }
 
 normal_init = nn.initializers.normal(0.02)
@@ -40,7 +42,7 @@ class Projection(nn.Module):
     """x [..., *shape_in] times a kernel [*shape_in, *shape_out], plus a bias and a low-rank adapter if asked for.
 
     The adapter (Hu et al. 2021, eq. 3) is `x · lora_a · lora_b * alpha / rank`; `lora_b` starts at zero, so a fresh
-    adapter changes nothing.
+    adapter changes nothing. Its x is dropped out when there is a random stream 'dropout', which only training gives.
     """
 
     shape_in: tuple[int, ...]
@@ -61,6 +63,8 @@ class Projection(nn.Module):
             y = y + self.param("bias", init, self.shape_out).astype(self.dtype)
         if self.lora.rank and self.name in self.lora.targets:
             rank, init_a = (self.lora.rank,), uniform_fan_in(math.prod(self.shape_in))
+            if self.lora.dropout and self.has_rng("dropout"):
+                x = nn.Dropout(self.lora.dropout, deterministic=False)(x)
             low = self._contract(x, "lora_a", self.shape_in, rank, (*self.axes_in, "lora"), init_a)
             zeros = nn.initializers.zeros
             update = self._contract(low, "lora_b", rank, self.shape_out, ("lora", *self.axes_out), zeros)
@@ -74,7 +78,7 @@ class Projection(nn.Module):
         return flat.reshape(*x.shape[: x.ndim - len(shape_in)], *shape_out)
 
 
-def layer_norm(eps: float, dtype: jnp.dtype, axis: str, name: str) -> nn.LayerNorm:
+def layer_norm(eps: float, dtype: jnp.dtype, axis: str, name: str | None = None) -> nn.LayerNorm:
     """LayerNorm with float32 statistics by the exact two-pass variance; `axis` names its parameters' dimension."""
     return nn.LayerNorm(
         epsilon=eps,
@@ -86,23 +90,25 @@ def layer_norm(eps: float, dtype: jnp.dtype, axis: str, name: str) -> nn.LayerNo
     )
 
 
-def rms_norm(eps: float, dtype: jnp.dtype, name: str | None = None) -> nn.RMSNorm:
-    """Llama's norm, computed in float32 whatever the compute dtype."""
-    scale_init = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
-    return nn.RMSNorm(epsilon=eps, dtype=dtype, scale_init=scale_init, name=name)
+class RMSNorm(nn.Module):
+    """The norm of Zhang & Sennrich (2019), in float32 whatever the compute dtype; `axis` names the last dimension.
 
+    With `plus_one` the scale is 1 + the parameter (Gemma).
+    """
 
-def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, float32 [B, S, 1, h/2], of RoPE (Su et al. 2021) at int32 `positions` [B, S]."""
-    frequencies = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    eps: float
+    dtype: jnp.dtype
+    axis: str
+    plus_one: bool = False
 
-
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Applies RoPE to x [B, S, H, h] in Llama's half-split layout: dimension i is paired with i + h/2."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.initializers.zeros if self.plus_one else nn.initializers.ones
+        scale = self.param("scale", nn.with_logical_partitioning(init, (self.axis,)), (x.shape[-1],))
+        scale = scale.astype(jnp.float32) + self.plus_one
+        x = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        return (x * jax.lax.rsqrt(mean_square + self.eps) * scale).astype(self.dtype)
 
 
 def _keep_dots(*args, **kwargs):
@@ -129,7 +135,7 @@ def stack(layer: type[nn.Module], depth: int, remat: str, in_axes: tuple) -> typ
     return nn.scan(
         layer,
         variable_axes={"params": 0},
-        split_rngs={"params": True},
+        split_rngs={"params": True, "dropout": True},
         in_axes=in_axes,
         length=depth,
         metadata_params={nn.PARTITION_NAME: "layers"},

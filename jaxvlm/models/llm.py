@@ -1,24 +1,43 @@
-"""A Llama-shaped decoder. Llama, Vicuna, Mistral, Qwen2 and SmolLM2 are values of `LLMConfig`, not branches.
+"""The decoder. Every family (Llama, Mistral, Qwen, Phi, Gemma, OPT) is values of `LLMConfig`, not branches.
 
 The decoder knows nothing of causality or packing: it is given each token's position and the interval of keys that it
-sees, so training rows, left-padded prompts and single decoding steps are the same call.
+sees, so training rows, left-padded prompts and single decoding steps are the same call. It limits the interval itself
+in the layers that have a sliding window.
 """
+
+from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 
-from jaxvlm.config import LLMConfig
+from jaxvlm.config import ConfigError, LLMConfig
+from jaxvlm.kernels import intervals
 from jaxvlm.kernels.attention import attention
-from jaxvlm.models.layers import Projection, constrain, normal_init, rms_norm, rotary_angles, rotate, stack
+from jaxvlm.models.layers import Projection, RMSNorm, activation, constrain, layer_norm, normal_init, stack
+from jaxvlm.models.rotary import rotary_angles, rotate
 
-Cache = dict[str, jax.Array]  # {'k', 'v': [L, B, length, K, h], 'index': int32 scalar, the next free slot}
+# {'k', 'v': [L, B, length, K, h], 'index': int32 scalar, the next free slot}; with longrope also 'stretched', bool [B].
+Cache = dict[str, jax.Array]
 
 
 def init_cache(config: LLMConfig, batch: int, length: int, dtype: jnp.dtype) -> Cache:
     """An empty cache with room for `length` tokens in each of `batch` rows."""
     shape = (config.depth, batch, length, config.num_kv_heads, config.head_dim)
-    return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype), "index": jnp.zeros((), jnp.int32)}
+    cache = {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype), "index": jnp.zeros((), jnp.int32)}
+    if config.rope_scaling.kind == "longrope":
+        cache["stretched"] = jnp.zeros(batch, bool)
+    return cache
+
+
+def norm(c: LLMConfig, dtype: jnp.dtype, name: str | None = None, axis: str = "embed") -> nn.Module:
+    """The family's norm over the last dimension, which the logical `axis` names."""
+    if c.norm == "layer":
+        return layer_norm(c.norm_eps, dtype, axis, name)
+    if c.norm not in ("rms", "rms_plus_one"):
+        raise ConfigError(f"llm.norm must be rms, rms_plus_one or layer, not '{c.norm}'.")
+    return RMSNorm(c.norm_eps, dtype, axis, c.norm == "rms_plus_one", name=name)
 
 
 class Attention(nn.Module):
@@ -28,16 +47,19 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x, rotary, k_start, k_end, cache, layer):
         """x [B, S, D] -> [B, S, D]. With a cache, writes this layer's keys and values to it and attends over it."""
-        c, (cos, sin) = self.config, rotary
+        c = self.config
 
         def project(name, heads, axis):
             shape, axes = (heads, c.head_dim), (axis, "head_dim")
             to_heads = Projection((c.width,), shape, ("embed",), axes, self.dtype, c.qkv_bias, c.lora, name=name)
             return constrain(to_heads(x), ("batch", "length", axis, "head_dim"))
 
-        q = rotate(project("q", c.num_heads, "heads"), cos, sin)  # [B, S, H, h]
-        k = rotate(project("k", c.num_kv_heads, "kv_heads"), cos, sin)  # [B, S, K, h]
-        v = project("v", c.num_kv_heads, "kv_heads")
+        q = project("q", c.num_heads, "heads")  # [B, S, H, h]
+        k, v = (project(name, c.num_kv_heads, "kv_heads") for name in ("k", "v"))  # [B, S, K, h]
+        if c.qk_norm:
+            q, k = (norm(c, self.dtype, f"{name}_norm", "head_dim")(x) for name, x in (("q", q), ("k", k)))
+        if rotary is not None:
+            q, k = (rotate(x, *rotary) for x in (q, k))
         if cache is not None:
             at = (layer, 0, cache["index"], 0, 0)
             # Updated where it lies and then read: the loop over layers carries one cache and copies none of it.
@@ -45,17 +67,15 @@ class Attention(nn.Module):
                 "k": jax.lax.dynamic_update_slice(cache["k"], k[None].astype(cache["k"].dtype), at),
                 "v": jax.lax.dynamic_update_slice(cache["v"], v[None].astype(cache["v"].dtype), at),
             }
-            k, v = (
-                cache["k"][layer].astype(self.dtype),
-                cache["v"][layer].astype(self.dtype),
-            )  # [B, length, K, h]
-        out = attention(q, k, v, k_start=k_start, k_end=k_end)  # [B, S, H, h]
+            k, v = (cache[name][layer].astype(self.dtype) for name in ("k", "v"))  # [B, length, K, h]
+        out = attention(q, k, v, k_start=k_start, k_end=k_end, scale=c.attn_scale, softcap=c.attn_softcap)
         shape, axes = (c.num_heads, c.head_dim), ("heads", "head_dim")
-        return Projection(shape, (c.width,), axes, ("embed",), self.dtype, lora=c.lora, name="o")(out), cache
+        to_width = Projection(shape, (c.width,), axes, ("embed",), self.dtype, c.out_bias, c.lora, name="o")
+        return to_width(out), cache
 
 
 class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020)."""
+    """act(gate) * up (Shazeer 2020), or act(up) alone, and down."""
 
     config: LLMConfig
     dtype: jnp.dtype
@@ -63,10 +83,15 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x):
         c = self.config
-        gate = Projection((c.width,), (c.mlp_dim,), ("embed",), ("mlp",), self.dtype, lora=c.lora, name="gate")(x)
-        up = Projection((c.width,), (c.mlp_dim,), ("embed",), ("mlp",), self.dtype, lora=c.lora, name="up")(x)
-        inner = constrain(jax.nn.silu(gate) * up, ("batch", "length", "mlp"))  # [B, S, F]
-        return Projection((c.mlp_dim,), (c.width,), ("mlp",), ("embed",), self.dtype, lora=c.lora, name="down")(inner)
+
+        def project(name, size_in, size_out, axes):
+            return Projection((size_in,), (size_out,), axes[:1], axes[1:], self.dtype, c.mlp_bias, c.lora, name=name)
+
+        act, inner_axes = activation(c.activation), ("embed", "mlp")
+        up = project("up", c.width, c.mlp_dim, inner_axes)(x)
+        inner = act(project("gate", c.width, c.mlp_dim, inner_axes)(x)) * up if c.gated else act(up)
+        inner = constrain(inner, ("batch", "length", "mlp"))  # [B, S, F]
+        return project("down", c.mlp_dim, c.width, ("mlp", "embed"))(inner)
 
 
 class Layer(nn.Module):
@@ -74,14 +99,25 @@ class Layer(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, carry, layer, rotary, k_start, k_end):
+    def __call__(self, carry, layer, views, k_end, after):
+        """`layer` is its number and whether it sees everything; `views` what (rotary, k_start) such layers have and
+        what the others have, so that one scanned body serves both. `after` as in `LLM`."""
         x, cache = carry
-        c = self.config
-        normed = rms_norm(c.norm_eps, self.dtype, "attn_norm")(x)
-        attended, cache = Attention(c, self.dtype, name="attn")(normed, rotary, k_start, k_end, cache, layer)
+        c, (number, full) = self.config, layer
+        rotary, k_start = jax.tree.map(partial(jnp.where, full), *views)
+
+        normed = norm(c, self.dtype, "attn_norm")(x)
+        attended, cache = Attention(c, self.dtype, name="attn")(normed, rotary, k_start, k_end, cache, number)
+        if c.post_norms:
+            attended = norm(c, self.dtype, "attn_post_norm")(attended)
         x = x + attended
-        x = x + MLP(c, self.dtype, name="mlp")(rms_norm(c.norm_eps, self.dtype, "mlp_norm")(x))
-        return (constrain(x, ("batch", "length", None)), cache), None
+        if not c.parallel:
+            normed = norm(c, self.dtype, "mlp_norm")(x)
+        changed = MLP(c, self.dtype, name="mlp")(normed)
+        if c.post_norms:
+            changed = norm(c, self.dtype, "mlp_post_norm")(changed)
+        x = constrain(x + changed, ("batch", "length", None))
+        return (x if after is None else after(x, number), cache), None
 
 
 class LLM(nn.Module):
@@ -91,24 +127,44 @@ class LLM(nn.Module):
 
     def setup(self):
         c = self.config
-        self.embed = Embedding(c.vocab_size, c.width, self.dtype)
-        axes = (0, nn.broadcast, nn.broadcast, nn.broadcast)
-        self.layers = stack(Layer, c.depth, self.remat, axes)(c, self.dtype)
-        self.final_norm = rms_norm(c.norm_eps, self.dtype)
+        self.embed = Embedding(c.vocab_size, c.width, c.embed_scale, self.dtype)
+        if c.learned_positions:
+            init = nn.with_logical_partitioning(normal_init, (None, "embed"))
+            self.pos_embed = self.param("pos_embed", init, (c.max_positions, c.width))
+        self.layers = stack(Layer, c.depth, self.remat, (0, *(nn.broadcast,) * 3))(c, self.dtype)
+        self.final_norm = norm(c, self.dtype)
+        if c.tie_embeddings and c.head_bias:
+            raise ConfigError("llm.head_bias needs a head of its own: set llm.tie_embeddings = False.")
         if not c.tie_embeddings:
-            self.head = Projection((c.width,), (c.vocab_size,), ("embed",), ("vocab",), self.dtype)
+            self.head = Projection((c.width,), (c.vocab_size,), ("embed",), ("vocab",), self.dtype, c.head_bias)
 
-    def __call__(self, x, positions, k_start, k_end, cache: Cache | None = None):
+    def __call__(self, x, positions, k_start, k_end, cache: Cache | None = None, after: Partial | None = None):
         """Embeddings x [B, S, D] -> (hidden [B, S, D] after the final norm, cache).
 
         Args:
-            positions: int32 [B, S], for the rotary embedding.
-            k_start, k_end: int32 [B, S], the keys each token sees: indices into the row, or slots of the cache.
+            positions: int32 [B, S], for the rotary angles or the position table (beyond whose end lies NaN).
+            k_start, k_end: int32 [B, S], the keys each token may see: indices into the row, or slots of the cache.
+                Layers with a sliding window keep the last of them.
             cache: what earlier calls left; this call's tokens are written from `cache['index']` on.
+            after: a function of (x [B, S, D], a layer's number) -> x, applied after every layer.
         """
-        rotary = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
-        layers = jnp.arange(self.config.depth)
-        (x, cache), _ = self.layers((x, cache), layers, rotary, k_start, k_end)
+        c = self.config
+        if c.learned_positions:
+            x = x + jnp.take(self.pos_embed, positions, axis=0).astype(self.dtype)
+        stretched = None
+        if c.rope_scaling.kind == "longrope":
+            # As transformers chooses, but row by row, and once: a row keeps the choice of its prompt, since the keys in
+            # the cache are already turned (transformers recomputes them all when an answer crosses the length).
+            last = jnp.max(jnp.where(k_start < k_end, positions, 0), axis=1)  # [B], padding apart
+            stretched = last >= c.rope_scaling.original_max_positions
+            if cache is not None:
+                stretched = jnp.where(cache["index"] == 0, stretched, cache["stretched"])
+                cache = cache | {"stretched": stretched}
+        layers = jnp.arange(c.depth)
+        full = jnp.isin(layers, jnp.array(c.full_layers, int))
+        (x, cache), _ = self.layers(
+            (x, cache), (layers, full), _views(c, positions, k_start, k_end, stretched), k_end, after
+        )
         if cache is not None:
             cache = cache | {"index": cache["index"] + positions.shape[1]}
         return self.final_norm(x), cache
@@ -116,12 +172,25 @@ class LLM(nn.Module):
     def logits(self, hidden):
         """hidden [..., D] -> float32 [..., V]."""
         product = self.embed.attend(hidden) if self.config.tie_embeddings else self.head(hidden)
-        return product.astype(jnp.float32)
+        product, cap = product.astype(jnp.float32), self.config.logit_softcap
+        return product if cap is None else cap * jnp.tanh(product / cap)
+
+
+def _views(c: LLMConfig, positions, k_start, k_end, stretched):
+    """(rotary, k_start) of the layers that see everything, and of those with the sliding window (if there is one)."""
+    rotary = local = None
+    if not c.learned_positions:
+        dim = int(c.head_dim * c.rope_fraction)
+        rotary = local = rotary_angles(positions, dim, c.rope_theta, c.rope_scaling, stretched)
+        if c.rope_local_theta is not None:
+            local = rotary_angles(positions, dim, c.rope_local_theta)
+    return (rotary, k_start), (local, intervals.limit(k_start, k_end, c.sliding_window))
 
 
 class Embedding(nn.Module):
     vocab_size: int
     width: int
+    scale: float
     dtype: jnp.dtype
 
     def setup(self):
@@ -130,7 +199,8 @@ class Embedding(nn.Module):
 
     def __call__(self, tokens):
         """tokens int32 [B, S] -> [B, S, D]. A token outside the vocabulary becomes NaN, so that it cannot hide."""
-        return constrain(jnp.take(self.embedding, tokens, axis=0).astype(self.dtype), ("batch", "length", None))
+        x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+        return constrain(x * jnp.asarray(self.scale, self.dtype), ("batch", "length", None))
 
     def attend(self, hidden):
         """hidden [..., D] -> [..., V], against the tied embedding."""

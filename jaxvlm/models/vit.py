@@ -1,7 +1,7 @@
-"""One vision transformer that is CLIP, SigLIP or DINOv2 by config alone (recipes §1.1 A1, §3.5).
+"""One vision transformer: CLIP, SigLIP, DINOv2, EVA-CLIP or a supervised ViT by config alone (recipes §1.1 A1, §3.5).
 
-Its features are those of a chosen layer, so the layers behind that one are not built: LLaVA reads the second-to-last
-layer's output without the final norm, and has neither the last layer's parameters nor that norm's.
+Its features are those of chosen layers, so the layers behind the last of them are not built: LLaVA reads the
+second-to-last layer's output without the final norm, and has neither the last layer's parameters nor that norm's.
 """
 
 import flax.linen as nn
@@ -14,16 +14,34 @@ from jaxvlm.kernels.attention import attention
 from jaxvlm.models.layers import Projection, activation, constrain, layer_norm, normal_init, stack
 
 
-def num_layers(config: VisionConfig) -> int:
-    """How many layers the features need; `feature_layers` index Hugging Face's `hidden_states`."""
-    layers = [layer + (config.depth + 1 if layer < 0 else 0) for layer in config.feature_layers]
+def feature_states(config: VisionConfig) -> tuple[int, ...]:
+    """`feature_layers`, which index Hugging Face's `hidden_states`, as counts of layers: the last is `depth`."""
+    layers = tuple(layer + (config.depth + 1 if layer < 0 else 0) for layer in config.feature_layers)
     for given, layer in zip(config.feature_layers, layers, strict=True):
         if not 1 <= layer <= config.depth:
             raise ConfigError(
                 f"vision.feature_layers: {given} names no layer of a tower of depth {config.depth}; "
                 f"use -1 (the last) to -{config.depth}, or 1 to {config.depth}."
             )
-    return max(layers)
+    if not layers:
+        raise ConfigError("vision.feature_layers is empty; name at least one layer, -2 for LLaVA's.")
+    return layers
+
+
+def num_layers(config: VisionConfig) -> int:
+    """How many layers the features need."""
+    return max(feature_states(config))
+
+
+def patches(x: jax.Array, size: int) -> jax.Array:
+    """[B, H, W, C] -> [B, H // size, W // size, size, size, C]: what a convolution with that width and stride reads.
+
+    Cells beyond the last whole patch are left out, as a VALID convolution does (SigLIP at 384 / 14).
+    """
+    batch, height, width, channels = x.shape
+    rows, columns = height // size, width // size
+    x = x[:, : rows * size, : columns * size].reshape(batch, rows, size, columns, size, channels)
+    return x.swapaxes(2, 3)
 
 
 class Attention(nn.Module):
@@ -46,27 +64,39 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """act(up) and down, or SwiGLU (Shazeer 2020): silu(gate) * up and down."""
+
     config: VisionConfig
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x):
         c, outer, inner = self.config, ("vision_embed",), ("vision_mlp",)
-        x = Projection((c.width,), (c.mlp_dim,), outer, inner, self.dtype, bias=True, name="up")(x)
-        x = constrain(activation(c.activation)(x), ("batch", "visual_length", "vision_mlp"))
-        return Projection((c.mlp_dim,), (c.width,), inner, outer, self.dtype, bias=True, name="down")(x)
+        if c.mlp not in ("plain", "swiglu"):
+            raise ConfigError(f"vision.mlp must be plain or swiglu, not '{c.mlp}'.")
+
+        def widen(name):
+            return Projection((c.width,), (c.mlp_dim,), outer, inner, self.dtype, bias=True, name=name)(x)
+
+        y = jax.nn.silu(widen("gate")) * widen("up") if c.mlp == "swiglu" else activation(c.activation)(widen("up"))
+        y = constrain(y, ("batch", "visual_length", "vision_mlp"))  # [B, N, F]
+        return Projection((c.mlp_dim,), (c.width,), inner, outer, self.dtype, bias=True, name="down")(y)
 
 
 class Layer(nn.Module):
     config: VisionConfig
     dtype: jnp.dtype
+    kept: tuple[int, ...]  # layers whose output is wanted, besides the last one's
 
     @nn.compact
-    def __call__(self, x):
-        c = self.config
+    def __call__(self, carry, number):
+        """carry: x [B, N, D] and an array like it for each of `kept`; `number` counts the layers from 1."""
+        c, (x, outputs) = self.config, carry
         x = x + self._scaled("scale1", Attention(c, self.dtype, name="attn")(self._norm("norm1", x)))
         x = x + self._scaled("scale2", MLP(c, self.dtype, name="mlp")(self._norm("norm2", x)))
-        return constrain(x, ("batch", "visual_length", None)), None
+        x = constrain(x, ("batch", "visual_length", None))
+        outputs = tuple(jnp.where(number == n, x, old) for n, old in zip(self.kept, outputs, strict=True))
+        return (x, outputs), None
 
     def _norm(self, name, x):
         return layer_norm(self.config.norm_eps, self.dtype, "vision_embed", name)(x)
@@ -85,11 +115,11 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        """Normalised pixels [B, image_size, image_size, 3] -> features [B, (1 +) grid * grid, D] before pooling.
+        """Normalised pixels [B, image_size, image_size, 3] -> features [B, (1 +) grid * grid, D * feature layers].
 
         The class token comes first when `feature_tokens` is 'cls_patch' and is dropped otherwise.
         """
-        c = self.config
+        c, states = self.config, feature_states(self.config)
         if c.feature_tokens not in ("patch", "cls_patch"):
             raise ConfigError(f"vision.feature_tokens must be patch or cls_patch, not '{c.feature_tokens}'.")
         if c.feature_tokens == "cls_patch" and not c.class_token:
@@ -97,23 +127,24 @@ class ViT(nn.Module):
         x = self._embed(pixels.astype(self.dtype))  # [B, prefix + N, D]
         if c.pre_norm:
             x = layer_norm(c.norm_eps, self.dtype, "vision_embed", "pre_norm")(x)
-        x, _ = stack(Layer, num_layers(c), self.remat, in_axes=())(c, self.dtype, name="layers")(x)
+        *kept, last = sorted(set(states))
+        layers = stack(Layer, last, self.remat, in_axes=(0,))(c, self.dtype, tuple(kept), name="layers")
+        (x, outputs), _ = layers((x, tuple(jnp.zeros_like(x) for _ in kept)), jnp.arange(1, last + 1))
+        found = dict(zip(kept, outputs, strict=True)) | {last: x}
         if c.feature_norm:
-            x = layer_norm(c.norm_eps, self.dtype, "vision_embed", "post_norm")(x)
-        patches = x[:, c.class_token + c.num_registers :]
-        return jnp.concatenate([x[:, :1], patches], axis=1) if c.feature_tokens == "cls_patch" else patches
+            norm = layer_norm(c.norm_eps, self.dtype, "vision_embed", "post_norm")
+            found = {number: norm(x) for number, x in found.items()}
+        x = jnp.concatenate([found[number] for number in states], axis=-1)
+        grid = x[:, c.class_token + c.num_registers :]
+        return jnp.concatenate([x[:, :1], grid], axis=1) if c.feature_tokens == "cls_patch" else grid
 
     def _embed(self, pixels):
         """Patches with positions, after the class and register tokens: [B, H, W, 3] -> [B, prefix + N, D]."""
-        c, p = self.config, self.config.patch_size
-        batch, grid = pixels.shape[0], c.image_size // p
-        # A convolution whose stride is its width is a product. Pixels beyond the last whole patch are not read
-        # (SigLIP at 384 / 14), as in a VALID convolution.
-        patches = pixels[:, : grid * p, : grid * p].reshape(batch, grid, p, grid, p, 3).swapaxes(2, 3)
-        patches = patches.reshape(batch, grid * grid, p, p, 3)
+        c, p, batch = self.config, self.config.patch_size, pixels.shape[0]
+        # A convolution whose stride is its width is a product.
         axes_in, axes_out = (None, None, None), ("vision_embed",)
         to_width = Projection((p, p, 3), (c.width,), axes_in, axes_out, self.dtype, c.patch_bias, name="patch_embed")
-        x = to_width(patches)  # [B, N, D]
+        x = to_width(patches(pixels, p)).reshape(batch, -1, c.width)  # [B, N, D]
         if c.class_token:
             x = jnp.concatenate([self._token("class_token", batch), x], axis=1)
         x = x + self._positions(x.shape[1])

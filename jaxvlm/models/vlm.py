@@ -10,15 +10,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxvlm.config import ConfigError, ModelConfig, VisionConfig
+from jaxvlm.config import ModelConfig
 from jaxvlm.kernels import intervals
-from jaxvlm.models.connectors.mlp import MLP
-from jaxvlm.models.convnet import EfficientNetLite
+from jaxvlm.models.connectors import connector
 from jaxvlm.models.layers import constrain
 from jaxvlm.models.llm import LLM, Cache, init_cache
-from jaxvlm.models.vit import ViT
+from jaxvlm.models.towers import join, look, tower
 
-__all__ = ["VLM", "abstract_params", "head_kernel", "init_cache", "init_params", "logical_axes"]
+__all__ = ["VLM", "abstract_params", "head_bias", "head_kernel", "init_cache", "init_params", "logical_axes"]
+
+ROW_END = -2  # in a batch's visual_index: the connector's learned row end
 
 
 class VLM(nn.Module):
@@ -28,54 +29,84 @@ class VLM(nn.Module):
 
     def setup(self):
         c, dtype = self.config, jnp.dtype(self.config.dtype)
-        if c.vision.kind not in ("vit", "efficientnet_lite"):
-            raise ConfigError(f"No vision tower '{c.vision.kind}'; there are: vit, efficientnet_lite.")
-        is_vit = c.vision.kind == "vit"
-        self.vision = ViT(c.vision, dtype, c.remat) if is_vit else EfficientNetLite(c.vision, dtype)
-        self.connector = MLP(c.connector, c.llm.width, dtype)
+        self.vision = tower(c.vision, dtype, c.remat)
+        self.connector = connector(c, dtype)
         self.llm = LLM(c.llm, dtype, c.remat)
 
     def __call__(self, batch: dict[str, jax.Array], cache: Cache | None = None):
         """hidden [B, S, D] of a batch; with an empty cache, a prefill: (hidden, cache).
 
         Reads 'tokens', 'visual_index', 'positions' and 'segment_ids', int32 [B, S], and 'pixels' (uint8
-        [B, T, H, W, 3]), or 'features' ([B, T, N, Dv], a frozen tower's, kept from before), or neither. A token sees
-        what precedes it in its own segment, within the decoder's sliding window.
+        [B, T, s, s, 3]; see `encode`), or 'features' ([B, T, N, Dv], a frozen tower's, kept from before), or neither. A token sees
+        what precedes it in its own segment, in some layers only within a sliding window.
         """
-        visual = None
+        visual, text = None, (batch.get("qformer_tokens"), batch.get("qformer_mask"))
         if "features" in batch:
-            visual = self.project(batch["features"])
+            visual = self.project(batch["features"], *text)
         elif "pixels" in batch:
-            visual = self.project(self.encode(batch["pixels"]))
-        x = self.embed(batch["tokens"], batch["visual_index"], visual)
-        k_start, k_end = intervals.causal(batch["segment_ids"], self.config.llm.sliding_window)
-        hidden, cache = self.llm(x, batch["positions"], k_start, k_end, cache)
+            pixels = [batch[name] for name in _pixel_names(self.config) if name in batch]
+            visual = self.project(self.encode(*pixels), *text)
+        blend = (batch["visual_corners"], batch["visual_shares"]) if "visual_corners" in batch else None
+        x = self.embed(batch["tokens"], batch["visual_index"], visual, blend)
+        k_start, k_end = intervals.causal(batch["segment_ids"])
+        after = self._in_llm(batch["visual_index"], visual)
+        hidden, cache = self.llm(x, batch["positions"], k_start, k_end, cache, after)
         return hidden if cache is None else (hidden, cache)
 
-    def encode(self, pixels: jax.Array) -> jax.Array:
-        """uint8 [B, T, H, W, 3] -> features [B, T, N, Dv]: normalised, of the chosen layer and tokens, pooled."""
-        c = self.config.vision
-        if pixels.shape[2:] != (c.image_size, c.image_size, 3):
-            raise ValueError(f"pixels {pixels.shape} are not [B, T, {c.image_size}, {c.image_size}, 3].")
-        batch, tiles = pixels.shape[:2]
-        pixels = constrain(pixels.reshape(batch * tiles, *pixels.shape[2:]), ("batch", None, None, None))
-        pixels = (pixels.astype(jnp.float32) / 255 - jnp.array(c.mean)) / jnp.array(c.std)
-        features = _pool(self.vision(pixels), c)
-        return features.reshape(batch, tiles, *features.shape[1:])
+    def encode(self, *pixels: jax.Array) -> jax.Array | tuple[jax.Array, ...]:
+        """uint8 [B, T, s, s, 3] -> features [B, T, N, Dv]: normalised, of the chosen layers and tokens, on one grid.
 
-    def project(self, features: jax.Array) -> jax.Array:
-        """features [B, T, N, Dv] -> visual tokens [B, T * N, D]."""
-        batch, tiles, tokens, width = features.shape
-        return self.connector(features.reshape(batch, tiles * tokens, width))
+        `pixels` is one array, or one for each of several towers. Their features are concatenated by channel; a
+        connector that takes each tower by itself (SVA) gets a tuple of them.
+        """
+        c = self.config
+        features = look(self.vision, c.vision, pixels)
+        return features if c.connector.kind == "sva" else join(features, c.vision)
 
-    def embed(self, tokens: jax.Array, visual_index: jax.Array | None, visual: jax.Array | None) -> jax.Array:
-        """The splice: the embedding of `tokens` [B, S], or visual token `visual_index` of the row where that is >= 0."""
+    def project(
+        self,
+        features: jax.Array | tuple[jax.Array, ...],
+        qformer_tokens: jax.Array | None = None,
+        qformer_mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """features [B, T, N, Dv] (of an SVA: one array for each tower) -> visual tokens [B, T * P, D].
+
+        An instruction-aware Q-Former also reads `qformer_tokens` and `qformer_mask`, [B, T, L] (see `QFormer`). An SVA
+        with layers inside the decoder appends to each token the channels that these read.
+        """
+        text = (qformer_tokens, qformer_mask) if self.config.connector.kind == "qformer" else ()
+        visual = self.connector(features, *text)  # [B, T, P, D]
+        return visual.reshape(len(visual), -1, visual.shape[-1])
+
+    def embed(
+        self,
+        tokens: jax.Array,
+        visual_index: jax.Array | None,
+        visual: jax.Array | None,
+        blend: tuple[jax.Array, jax.Array] | None = None,
+    ) -> jax.Array:
+        """The splice: the embedding of `tokens` [B, S]; where `visual_index` is >= 0, that visual token of the row; where
+        it is -2, the connector's row end.
+
+        With `blend`, int32 and float32 [B, S, 4], a visual token is the mean of four with these shares.
+        """
         x = self.llm.embed(tokens)
         if visual is None:
             return x
-        index = jnp.maximum(visual_index, 0)[..., None]
-        placed = jnp.take_along_axis(visual, index, axis=1)  # [B, S, D]
-        return constrain(jnp.where(visual_index[..., None] >= 0, placed, x), ("batch", "length", None))
+        visual = visual[..., : x.shape[-1]]
+
+        def at(index: jax.Array) -> jax.Array:
+            return jnp.take_along_axis(visual, jnp.maximum(index, 0)[..., None], axis=1)  # [B, S, D]
+
+        if blend is None:
+            placed = at(visual_index)
+        else:
+            corners, shares = blend
+            placed = sum(at(corners[..., i]) * shares[..., i, None] for i in range(4)).astype(x.dtype)
+        x = jnp.where(visual_index[..., None] >= 0, placed, x)
+        if self.config.connector.row_end:
+            x = jnp.where(visual_index[..., None] == ROW_END, self.connector.newline.astype(x.dtype), x)
+        return constrain(x, ("batch", "length", None))
 
     def decode(
         self,
@@ -85,34 +116,32 @@ class VLM(nn.Module):
         positions: jax.Array,
         k_start: jax.Array,
         k_end: jax.Array,
-        cache: Cache,
+        cache: Cache | None,
+        blend: tuple[jax.Array, jax.Array] | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Prefill or one step of generation: hidden [B, S, D] of `tokens` [B, S], and the cache with them in it.
 
         The tokens go into the slots from `cache['index']` on, and each sees the slots k_start <= j < k_end
-        (int32 [B, S]) - of those, the last ones within the decoder's sliding window. `positions` count a row's own
-        tokens, so a left-padded prompt starts at 0 in its first real slot.
+        (int32 [B, S]) - of those, the last ones in layers with a sliding window. `positions` count a row's own tokens,
+        so a left-padded prompt starts at 0 in its first real slot.
         """
-        k_start = intervals.limit(k_start, k_end, self.config.llm.sliding_window)
-        return self.llm(self.embed(tokens, visual_index, visual), positions, k_start, k_end, cache)
+        x, after = self.embed(tokens, visual_index, visual, blend), self._in_llm(visual_index, visual)
+        return self.llm(x, positions, k_start, k_end, cache, after)
+
+    def _in_llm(self, visual_index, visual):
+        """What an SVA does inside the decoder, or None."""
+        if visual is None or self.config.connector.kind != "sva":
+            return None
+        return self.connector.in_llm(visual, visual_index)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> float32 [..., V]. Training uses `kernels.cross_entropy`, which never holds all of them."""
         return self.llm.logits(hidden)
 
 
-def _pool(features: jax.Array, config: VisionConfig) -> jax.Array:
-    """Averages the grid over pool x pool cells: [B, (1 +) n * n, Dv] -> [B, num_tokens, Dv]; a class token stays."""
-    side, pool = config.image_size // config.patch_size, config.pool
-    if pool == 1:
-        return features
-    if side % pool:
-        raise ConfigError(f"vision.pool = {pool} must divide the tower's grid of {side} x {side}.")
-    batch, length, width = features.shape
-    extra = length - side * side
-    grid = features[:, extra:].reshape(batch, side // pool, pool, side // pool, pool, width)
-    pooled = grid.mean((2, 4)).reshape(batch, -1, width)
-    return jnp.concatenate([features[:, :extra], pooled], axis=1)
+def _pixel_names(config: ModelConfig) -> list[str]:
+    """The entries of a batch with each tower's pixels; a batch may have the first alone, for all of them."""
+    return [f"pixels_{i}" if i else "pixels" for i in range(len(config.vision.parts))]
 
 
 # ---------------------------------------------------------------------------------------------------------- parameters
@@ -141,10 +170,17 @@ def head_kernel(params: dict) -> jax.Array:
     return llm["head"]["kernel"] if "head" in llm else llm["embed"]["embedding"].T
 
 
+def head_bias(params: dict) -> jax.Array | None:
+    """The bias [V] of the decoder's head, if it has one."""
+    return params["llm"].get("head", {}).get("bias")
+
+
 def _init(config: ModelConfig, rng: jax.Array) -> dict:
     """The boxed parameters, by tracing the smallest batch that touches them all; jit drops its forward pass."""
-    size = config.vision.image_size
     tokens = jnp.zeros((1, 1), jnp.int32)
     batch = {name: tokens for name in ("tokens", "visual_index", "positions", "segment_ids")}
-    batch["pixels"] = jnp.zeros((1, 1, size, size, 3), jnp.uint8)
+    for name, part in zip(_pixel_names(config), config.vision.parts, strict=True):
+        batch[name] = jnp.zeros((1, 1, part.input_size, part.input_size, 3), jnp.uint8)
+    if config.connector.kind == "qformer" and config.connector.qformer.text_vocab_size:
+        batch["qformer_tokens"] = tokens[None]
     return VLM(config).init(rng, batch, method=lambda model, batch: model.logits(model(batch)))["params"]

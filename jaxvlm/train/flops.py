@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from functools import cache
 
@@ -11,6 +12,10 @@ import numpy as np
 from jax.sharding import AxisType
 
 from jaxvlm.config import LLMConfig, ModelConfig, VisionConfig
+from jaxvlm.models.connectors.mlp import widths
+from jaxvlm.models.connectors.sva import window_sides
+from jaxvlm.models.convnext import STEM, feature_stages
+from jaxvlm.models.vit import num_layers
 
 # Dense peak of the matrix units in FLOP/s (vendors' data sheets), by the start of jax's `device_kind`.
 PEAKS = {
@@ -49,25 +54,74 @@ def peak_flops() -> tuple[float, str]:
 def llm_params_per_token(llm: LLMConfig) -> int:
     """Multiply-adds of one token through the decoder layers, attention scores and head apart."""
     attention = llm.width * llm.head_dim * (2 * llm.num_heads + 2 * llm.num_kv_heads)
-    return llm.depth * (attention + 3 * llm.width * llm.mlp_dim)
+    return llm.depth * (attention + (2 + llm.gated) * llm.width * llm.mlp_dim)
 
 
 def vision_flops(vision: VisionConfig) -> float:
-    """Forward FLOPs of one tile."""
+    """Forward FLOPs of one tile; several scales are that many more tiles of `image_size`."""
+    if vision.kind == "fused":
+        return sum(vision_flops(tower) for tower in vision.towers)
     if vision.kind == "efficientnet_lite":
-        return 2 * 0.384e9 * (vision.image_size / 224) ** 2  # multiply-adds at 224 px, scaled by area
-    tokens = (vision.image_size // vision.patch_size) ** 2 + vision.class_token + vision.num_registers
-    depth = max(vision.depth + 1 + layer if layer < 0 else layer for layer in vision.feature_layers)
-    layer = 4 * vision.width**2 + 2 * vision.width * vision.mlp_dim
-    patch = 3 * vision.patch_size**2 * vision.width
-    return 2 * tokens * (patch + depth * layer) + 4 * depth * tokens**2 * vision.width
+        one = 2 * 0.384e9 * (vision.image_size / 224) ** 2  # multiply-adds at 224 px, scaled by area
+    else:
+        one = {"vit": _vit_flops, "convnext": _convnext_flops}[vision.kind](vision)
+    return one * sum(scale**2 for scale in vision.scales)
 
 
-def connector_params_per_token(model: ModelConfig) -> int:
-    """Multiply-adds of one visual token through the connector."""
-    hidden = model.vision.feature_width * model.llm.width
-    layers = 1 if model.connector.kind == "linear" else int(model.connector.kind[3:].split("x")[0])
-    return hidden + (layers - 1) * model.llm.width**2
+def _vit_flops(c: VisionConfig) -> float:
+    tokens, depth = (c.image_size // c.patch_size) ** 2 + c.class_token + c.num_registers, num_layers(c)
+    layer = 4 * c.width**2 + (2 + (c.mlp == "swiglu")) * c.width * c.mlp_dim
+    patch = 3 * c.patch_size**2 * c.width
+    return 2 * tokens * (patch + depth * layer) + 4 * depth * tokens**2 * c.width
+
+
+def _convnext_flops(c: VisionConfig) -> float:
+    """The convolutions that change the grid, and of each block the depthwise 7 x 7 and an MLP four times as wide."""
+    total, narrow, taps = 0, 3, STEM**2
+    for number in range(max(feature_stages(c)) + 1):
+        cells, wide = (c.image_size // (STEM * 2**number)) ** 2, c.stage_widths[number]
+        block = 7**2 * wide + 2 * wide * 4 * wide
+        total += cells * (taps * narrow * wide + c.stage_depths[number] * block)
+        narrow, taps = wide, 2**2
+    return 2 * total
+
+
+def connector_params_per_token(model: ModelConfig) -> float:
+    """Multiply-adds of one visual token through the connector, attention scores included, learned constants apart."""
+    kinds = {"qformer": _qformer_params, "resampler": _resampler_params, "sva": _sva_params}
+    if model.connector.kind in kinds:
+        return kinds[model.connector.kind](model)
+    return sum(a * b for a, b in itertools.pairwise(widths(model)))
+
+
+def _qformer_params(model: ModelConfig) -> float:
+    """Of one query, without text; the keys and values of the image are shared by all of a tile's queries."""
+    c, tokens, into = model.connector.qformer, model.vision.num_tokens, model.vision.feature_width
+    layer = 4 * c.width**2 + 2 * c.num_queries * c.width + 2 * c.width * c.mlp_dim
+    cross = 2 * c.width**2 + 2 * tokens * into * c.width / c.num_queries + 2 * tokens * c.width
+    return c.depth * layer + c.depth // c.cross_every * cross + c.width * model.llm.width
+
+
+def _resampler_params(model: ModelConfig) -> float:
+    """The queries themselves are the same for every tile, and so projected once a step."""
+    tokens, into, width = model.vision.num_tokens, model.vision.feature_width, model.llm.width
+    keys = (into * width if into != width else 0) + 2 * width**2  # of each cell
+    return tokens / model.connector.resampler.num_queries * keys + 2 * tokens * width + 2 * width**2
+
+
+def _sva_params(model: ModelConfig) -> float:
+    c, width = model.connector.sva, model.llm.width
+    cells = [side**2 for side in window_sides(model)]
+    towers = sum(
+        n * (tower.feature_width + c.width) * c.width for n, tower in zip(cells, model.vision.parts, strict=True)
+    )
+
+    def layer(queries: int) -> int:
+        """An aggregator whose queries have so many channels: context, in, q, o, up; k and v; scores; down."""
+        return (2 * queries + 5 * c.width) * c.width + 2 * sum(cells) * (c.width + 1) * c.width
+
+    out = c.groups * c.width * width + width**2
+    return towers + c.groups * c.depth * layer(c.width) + len(c.llm_layers) * layer(width) + out
 
 
 def batch_flops(model: ModelConfig, batch: dict, trainable_share: dict[str, float]) -> dict[str, float]:

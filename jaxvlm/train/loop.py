@@ -72,7 +72,7 @@ def train_stage(
 
     # Compiled step -----------------------------------------------------------------------------------------------
     step_fn = jax.jit(
-        make_step(model, optimizer, len(stage.data.sources), stage.accumulate),
+        make_step(model, optimizer, len(stage.data.sources), stage.accumulate, loader.seed),
         donate_argnums=0,
         out_shardings=(state_shardings(state, model_config, mesh), None),
     )

@@ -27,8 +27,8 @@ def ridge_start(config: ModelConfig, params: dict, loader: Loader) -> dict:
     ('a', the closing newline) says nothing of an image and is left out. The output is scaled to the root mean square of
     the embeddings it imitates. Raises `ConfigError` for another connector or batches without features.
     """
-    if config.connector.kind != "linear":
-        raise ConfigError("init.connector_start = 'ridge' needs model.connector.kind = 'linear'.")
+    if config.connector.kind != "linear" or not config.connector.bias:
+        raise ConfigError("init.connector_start = 'ridge' needs model.connector.kind = 'linear', with its bias.")
     pairs = list(itertools.islice(_pairs(loader), MAX_CAPTIONS))
     words = [np.unique(tokens) for _, tokens in pairs]
     occurrences = np.bincount(np.concatenate(words), minlength=config.llm.vocab_size)

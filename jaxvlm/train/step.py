@@ -11,21 +11,30 @@ import optax
 from flax import linen as nn
 
 from jaxvlm.kernels.cross_entropy import linear_cross_entropy
-from jaxvlm.models.vlm import VLM, head_kernel
+from jaxvlm.models.vlm import VLM, head_bias, head_kernel
 from jaxvlm.parallel.rules import logical_rules
 from jaxvlm.train.state import TrainState, merge
 
 Metrics = dict[str, jax.Array]
 
 
-def loss_sums(model: VLM, params: dict, batch: dict, weights: jax.Array, num_sources: int) -> tuple[jax.Array, Metrics]:
+def loss_sums(
+    model: VLM, params: dict, batch: dict, weights: jax.Array, num_sources: int, dropout: jax.Array | None = None
+) -> tuple[jax.Array, Metrics]:
     """Sum of weighted next-token losses of a (micro-)batch, and what to report of it.
 
     `weights` [B, S] are the loss weights already divided by the global batch's total, so that the sum over devices and
-    micro-batches is the token-weighted mean of the whole batch: sum w * CE / sum w.
+    micro-batches is the token-weighted mean of the whole batch: sum w * CE / sum w. `dropout` is a key, or None.
     """
-    hidden = model.apply({"params": params}, batch)  # [B, S, D]
-    loss, nll = linear_cross_entropy(hidden, head_kernel(params), batch["targets"], weights)  # scalar, [B, S]
+    hidden = model.apply({"params": params}, batch, rngs=None if dropout is None else {"dropout": dropout})  # [B, S, D]
+    loss, nll = linear_cross_entropy(
+        hidden,
+        head_kernel(params),
+        batch["targets"],
+        weights,
+        bias=head_bias(params),
+        softcap=model.config.llm.logit_softcap,
+    )  # scalar, [B, S]
     supervised = batch["loss_weights"] > 0
     sources = jnp.where(supervised, batch["source_ids"], num_sources).reshape(-1)
     return loss, {
@@ -35,16 +44,19 @@ def loss_sums(model: VLM, params: dict, batch: dict, weights: jax.Array, num_sou
 
 
 def make_step(
-    model: VLM, optimizer: optax.GradientTransformation, num_sources: int, accumulate: int = 1
+    model: VLM, optimizer: optax.GradientTransformation, num_sources: int, accumulate: int = 1, seed: int = 0
 ) -> Callable[[TrainState, dict], tuple[TrainState, Metrics]]:
     """The pure step function of a stage, for `jax.jit` under `jax.set_mesh`.
 
     With `accumulate` > 1 the rows are taken in that many interleaved micro-batches; the result is the same as for one.
+    `seed` and the step's number decide what dropout, if the model has any, leaves out; a resumed run drops the same.
     """
+    drops = model.config.llm.lora.rank and model.config.llm.lora.dropout
 
-    def gradients(trainable: dict, frozen: dict, batch: dict, weights: jax.Array) -> Any:
+    def gradients(trainable: dict, frozen: dict, batch: dict, weights: jax.Array, key: jax.Array) -> Any:
         def loss(trainable):
-            return loss_sums(model, merge(trainable, frozen), batch, weights, num_sources)
+            dropout = key if drops else None
+            return loss_sums(model, merge(trainable, frozen), batch, weights, num_sources, dropout)
 
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(trainable)
         return {"loss": value, **metrics}, grads
@@ -53,10 +65,12 @@ def make_step(
         with nn.logical_axis_rules(logical_rules()):
             total = jnp.sum(batch["loss_weights"])
             weights = batch["loss_weights"] / jnp.maximum(total, 1e-9)
+            key = jax.random.fold_in(jax.random.key(seed), state.step)
             if accumulate == 1:
-                metrics, grads = gradients(state.trainable, state.frozen, batch, weights)
+                metrics, grads = gradients(state.trainable, state.frozen, batch, weights, key)
             else:
                 micro = jax.tree.map(lambda x: _interleave(x, accumulate), (batch, weights))
+                micro = (*micro, jax.random.split(key, accumulate))
 
                 def accumulate_one(sums, part):
                     return jax.tree.map(jnp.add, sums, gradients(state.trainable, state.frozen, *part)), None

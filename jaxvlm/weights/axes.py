@@ -21,7 +21,10 @@ Groups = tuple[tuple[str, ...], ...]
 def parse(axes: str) -> tuple[Groups, Groups]:
     """`"(H h) D -> D H h"` as `((("H", "h"), ("D",)), (("D",), ("H",), ("h",)))`; a `1` is an empty group."""
     left, right = (
-        tuple(tuple(part.strip("()").replace("1", "").split()) for part in re.findall(r"\([^)]*\)|\S+", side))
+        tuple(
+            tuple(name for name in part.strip("()").split() if name != "1")
+            for part in re.findall(r"\([^)]*\)|\S+", side)
+        )
         for side in axes.split("->")
     )
     assert sorted(sum(left, ())) == sorted(sum(right, ())), axes

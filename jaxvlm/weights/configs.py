@@ -1,17 +1,38 @@
-"""What a checkpoint says about the model inside it: `config.json` of Hugging Face, GGUF metadata, or its tensor names."""
+"""What is at a path, a part or a whole model: told by `config.json`, GGUF metadata or tensor names, never by a folder's name."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxvlm.config import LLMConfig, ModelConfig, PromptConfig, VisionConfig
-from jaxvlm.weights.families import BY_MODEL_TYPE, llava
+from jaxvlm.weights.families import BY_MODEL_TYPE, EFFICIENTNET_LITE, HINTS
+from jaxvlm.weights.families.base import Family, Format
+from jaxvlm.weights.families.blip2 import BLIP2
 from jaxvlm.weights.families.efficientnet import efficientnet_config
-from jaxvlm.weights.families.gguf import gguf_config
+from jaxvlm.weights.families.gguf import gguf_config, gguf_family
+from jaxvlm.weights.families.known import tower_given
+from jaxvlm.weights.families.llava import LLAVA_HF
+from jaxvlm.weights.families.llava_original import LLAVA_ORIGINAL
 from jaxvlm.weights.gguf_file import GGUFFile
-from jaxvlm.weights.hf_config import image_processor, read_json
+from jaxvlm.weights.hf_config import config_file, read_json
 from jaxvlm.weights.readers import WeightsError, open_source
+
+FORMATS: tuple[Format, ...] = (LLAVA_HF, LLAVA_ORIGINAL, BLIP2)
+
+RUN = "manifest.json"  # marks a model that jaxvlm saved
+
+
+class Found(NamedTuple):
+    """What is at a path: the configuration of a part ('vision', 'llm') or of a 'model', and the tables to read it by."""
+
+    path: Path  # of the weights
+    folder: Path  # of the files beside them
+    part: str
+    config: Any
+    families: dict[str, Family]  # by place; a connector's follows from the configuration
+    format: Format | None = None
+    given: dict = {}
 
 
 def config_from(path: str | Path) -> tuple[str, VisionConfig | LLMConfig | ModelConfig]:
@@ -20,59 +41,86 @@ def config_from(path: str | Path) -> tuple[str, VisionConfig | LLMConfig | Model
     A tower alone gets LLaVA's choice of features (the patches of the last layer but one); use `dataclasses.replace`
     for another. Raises `WeightsError` for a model that the package does not have, naming what about it.
     """
-    return identify(path)[1:]
+    found = identify(path)
+    return found.part, found.config
 
 
-def identify(path: str | Path) -> tuple[str, str, VisionConfig | LLMConfig | ModelConfig]:
-    """(family, part, configuration) of the checkpoint at `path`; see `config_from`."""
+def identify(path: str | Path, vision: str = "") -> Found:
+    """What is at `path`; `vision` is the folder of a tower that the checkpoint only names. See `config_from`."""
     path = Path(path).expanduser()
-    folder = path if path.is_dir() else path.parent
-    if (folder / "manifest.json").is_file():
-        raise WeightsError(f"{folder} is a model saved by jaxvlm; open it with jaxvlm.load.")
-    if path.suffix != ".gguf" and (folder / "config.json").is_file():
-        return _from_hf(folder)
+    if not path.exists():
+        raise WeightsError(f"{path} does not exist, so it holds no jaxvlm model and no checkpoint. Correct the path.")
+    if run_folder(path):
+        raise WeightsError(f"{path} is a model saved by jaxvlm; open it with jaxvlm.load.")
+    folder = config_folder(path)
+    if folder is not None:
+        return _from_config(path, folder, vision)
+    if path.is_dir() and (path / "adapter_config.json").is_file():
+        raise WeightsError(f"{path} holds adapters alone. Give the model they belong to: --base PATH.")
     source = open_source(path)
+    folder = path if path.is_dir() else path.parent
     if isinstance(source, GGUFFile):
-        return "gguf-llama", "llm", gguf_config(source)
+        return Found(path, folder, "llm", gguf_config(source), {"llm": gguf_family(source)})
     names = source.names()
     if "_conv_stem.weight" in names and "_conv_head.weight" in names:
         depth = len({name.split(".")[1] for name in names if name.startswith("_blocks.")})
-        return "efficientnet-lite", "vision", efficientnet_config(source.shape("_conv_head.weight")[0], depth)
+        config = efficientnet_config(source.shape("_conv_head.weight")[0], depth)
+        return Found(path, folder, "vision", config, {"vision": EFFICIENTNET_LITE})
     raise WeightsError(
         f"{path} has no config.json beside it and its tensors are of no known kind (they start with "
         f"{', '.join(sorted(names)[:3])}). Put the config.json of the checkpoint into the same folder."
     )
 
 
-def _from_hf(folder: Path) -> tuple[str, str, Any]:
-    config = read_json(folder / "config.json")
-    kind = config.get("model_type")
-    if kind == "llava" and not any(key.startswith("mm_") for key in config):
-        return "llava-hf", "model", llava.configure(config, folder)
-    if any(key.startswith("mm_") for key in config):
-        raise WeightsError(
-            f"{folder}: this is a checkpoint in LLaVA's original format. Use its llava-hf conversion (on the hub under "
-            "llava-hf/), or give the parts: a CLIP folder, the projector file and the language model."
-        )
-    nested = config.get("vision_config") if kind in ("clip", "siglip") else None
-    given = config if nested is None else {"model_type": f"{kind}_vision_model"} | nested
+def run_folder(path: Path) -> Path | None:
+    """The folder of a model that jaxvlm saved, given itself or the run that holds it; None if there is none."""
+    return next((folder for folder in (path, path / "model") if (folder / RUN).is_file()), None)
+
+
+def is_run(path: Path) -> bool:
+    """Whether `path` is a model that jaxvlm saved, or a run of jaxvlm's that has none yet."""
+    if run_folder(path):
+        return True
+    file = path / "config.json"
+    return file.is_file() and {"model", "prompt", "stages", "checkpoint"} <= read_json(file).keys()
+
+
+def config_folder(path: Path) -> Path | None:
+    """The folder of the config.json that describes what is at `path`: its own, or that above a folder of checkpoints."""
+    if path.suffix == ".gguf":
+        return None
+    folders = (path,) if path.is_dir() else (path.parent, path.parent.parent)
+    return next((folder for folder in folders if config_file(folder)), None)
+
+
+def _from_config(path: Path, folder: Path, vision: str) -> Found:
+    given = read_json(config_file(folder))
+    for form in FORMATS:
+        if form.recognise(given):
+            if vision and form.tower_key:
+                given = given | {form.tower_key: str(vision)}
+            return Found(
+                path, folder, "model", form.configure(given, folder), form.families(given, folder), form, given
+            )
+    kind = given.get("model_type")
+    given = tower_given(given)
     family = BY_MODEL_TYPE.get(given.get("model_type"))
     if family is None:
-        known = ", ".join(["llava", "clip", "siglip", *BY_MODEL_TYPE])
-        raise WeightsError(f"{folder}/config.json: model_type '{kind}' is not supported. Known: {known}.")
-    return family.name, family.part, family.configure(given, folder)
+        known = ", ".join(["llava", "llava_next", "llava_onevision", "clip", "siglip", *BY_MODEL_TYPE])
+        hint = HINTS.get(kind, "")
+        raise WeightsError(f"{folder}/config.json: model_type '{kind}' is not supported.{hint} Known: {known}.")
+    return Found(path, folder, family.part, family.configure(given, folder), {family.part: family}, None, given)
 
 
 def prompt_from(path: str | Path) -> PromptConfig:
-    """How a llava-hf folder was prompted: its processor's image transform, and otherwise LLaVA-1.5's settings."""
-    folder = Path(path).expanduser()
-    processor = image_processor(folder)
-    if processor.get("do_pad"):
-        transform = "letterbox"
-    else:
-        transform = (
-            "crop"
-            if processor.get("do_center_crop", "Siglip" not in str(processor.get("image_processor_type")))
-            else "naive"
-        )
-    return PromptConfig(tokenizer=str(folder), template="vicuna_v1", transform=transform, layout="llava")
+    """How the model at `path` is prompted: what its format says, and otherwise LLaVA-1.5's settings."""
+    folder = config_folder(Path(path).expanduser())
+    given = read_json(config_file(folder)) if folder else {}
+    form = next((form for form in FORMATS if form.recognise(given)), None)
+    if form is None:
+        raise WeightsError(f"{path} is no vision-language model, so it does not say how one is prompted.")
+    return prompt_of(form, given, folder)
+
+
+def prompt_of(form: Format, given: dict, folder: Path) -> PromptConfig:
+    return PromptConfig(**{"tokenizer": str(folder), **form.prompt(given, folder)})

@@ -1,219 +1,206 @@
-"""A model as a llava-hf folder, with the key names of that hub's checkpoints (recipes §3.2).
+"""Models as checkpoints of other projects: llava-hf, LLaVA-NeXT in Hugging Face's form, LLaVA's own form, PEFT adapters.
 
-transformers and vLLM load those names; what transformers itself writes today, vLLM does not (ecosystem §3.2).
+The llava-hf key names are those of the hub's checkpoints (recipes §3.2), which transformers and vLLM load; what
+transformers itself writes today, vLLM does not (ecosystem §3.2).
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import tempfile
+import dataclasses
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.traverse_util import flatten_dict
 
-from jaxvlm.config import ModelConfig, PromptConfig
-from jaxvlm.weights import axes as layout
-from jaxvlm.weights import hf_files
-from jaxvlm.weights.families import CLIP, CONNECTOR, LLAMA, SIGLIP, Family
-from jaxvlm.weights.families.llava import LLAVA_EXPORT
+from jaxvlm.config import LoRAConfig, ModelConfig, PromptConfig
+from jaxvlm.models.lora import merge_lora
+from jaxvlm.weights import hf_files, llava_files
+from jaxvlm.weights.adapters import write_adapters
+from jaxvlm.weights.families import describe_decoder
+from jaxvlm.weights.families.base import Family
+from jaxvlm.weights.families.connectors import connector_family
+from jaxvlm.weights.families.hf_towers import describe_tower
 from jaxvlm.weights.readers import WeightsError
+from jaxvlm.weights.saved import new_folder
+from jaxvlm.weights.tensors_out import SHARD_BYTES, Tensor, part_tensors, write_shards
 
 
 @dataclass(frozen=True)
-class _Tensor:
-    """One tensor to write: its name, size, and how to make it."""
+class Target:
+    """A form that models are exported in.
 
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    make: Callable[[], np.ndarray]
+    `reasons(model, prompt)`: why this model cannot be; empty if it can. `rename(model, part, name)`: a tensor's name
+    there, from its name in the part's table. `files`: writes what stands beside the tensors. `image_token`: whether the
+    tokenizer needs `<image>`.
+    """
 
-    @property
-    def nbytes(self) -> int:
-        return int(np.prod(self.shape)) * self.dtype.itemsize
+    reasons: Callable[[ModelConfig, PromptConfig], list[str]]
+    rename: Callable[[ModelConfig, str, str], str]
+    files: Callable[..., None]
+    image_token: bool = True
+    processor: str = ""
 
 
-def export_llava_hf(
+def export(
     params: dict,
     model: ModelConfig,
     prompt: PromptConfig,
     out: str | Path,
+    format: str = "llava-hf",
     *,
+    merge: bool = True,
+    base: str = "",
     dtype: Any = None,
-    shard_bytes: int = 5_000_000_000,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Writes a folder that `LlavaForConditionalGeneration.from_pretrained` and vLLM load; gives its path back.
+    """Writes the model as `format`, one of `FORMATS`, into a new folder and gives its path back.
 
-    Adapters are merged. The vision layers after the selected features, which this package does not keep, are written
-    as zeros: they are computed and discarded there. A tokenizer without `<image>` gets it, as an id of its own, and
-    the embedding rows for it (the mean of the others) if the vocabulary has no room. `dtype` casts (None keeps each
-    tensor's own). Raises `WeightsError` with all the reasons if no class of transformers computes this model.
+    Adapters are merged, or with `merge=False` left out: what is written is then the base that a `peft` export of the
+    same model belongs to, and `base` its name there. Layers of the tower after the selected features, which this
+    package does not keep, are written as zeros. Where the tokenizer needs `<image>` and has none it gets it, and the
+    embedding rows for it (the mean of the others) if the vocabulary has no room. `dtype` casts (None keeps each tensor's
+    own). Raises `WeightsError` with all the reasons if the form cannot hold this model.
     """
-    _require_exportable(model)
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise WeightsError(f"{out} is not empty. Give another folder for the export.")
-    if model.llm.lora.rank:
-        from jaxvlm.models.lora import merge_lora
-
-        params = params | {"llm": merge_lora(params["llm"], model.llm)}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        tokenizer = hf_files.copy_tokenizer(Path(prompt.tokenizer), work)
+    require_exportable(model, prompt, format)
+    with new_folder(Path(out)) as folder:
+        if format == "peft":
+            write_adapters(params, model, folder, base, dtype)
+            return Path(out)
+        target = TARGETS[format]
+        if model.llm.lora.rank:
+            params = params | {"llm": merge_lora(params["llm"], model.llm) if merge else _without_lora(params["llm"])}
+            model = dataclasses.replace(model, llm=dataclasses.replace(model.llm, lora=LoRAConfig()))
+        tokenizer = hf_files.copy_tokenizer(Path(prompt.tokenizer), folder, target.image_token, target.processor)
         rows = model.llm.vocab_size
         if tokenizer.image_id >= rows:
             rows = -(-(tokenizer.image_id + 1) // 64) * 64  # whole tiles, as on the hub
-        tensors = list(_tensors(params, model, rows, dtype))
-        _write_shards(tensors, work, shard_bytes)
-        hf_files.write_configs(model, prompt, tokenizer, rows, str(tensors[-1].dtype), work)
-        work.chmod(0o755)
-        if out.exists():
-            out.rmdir()
-        os.replace(work, out)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    return out
+        tensors = list(_tensors(params, model, target, rows, dtype))
+        write_shards(tensors, folder, shard_bytes)
+        target.files(model, prompt, tokenizer, rows, str(tensors[-1].dtype), folder)
+    return Path(out)
 
 
-def _family(model: ModelConfig) -> Family | None:
-    """The HF tower with exactly these traits."""
-    v = model.vision
-    if v.kind != "vit" or v.layer_scale or v.num_registers:
-        return None
-    if v.class_token and v.pre_norm and not v.patch_bias:
-        return CLIP
-    return SIGLIP if v.patch_bias and not (v.class_token or v.pre_norm) else None
+def require_exportable(model: ModelConfig, prompt: PromptConfig, format: str) -> None:
+    """Raises `WeightsError` saying why the form cannot hold the model, and what can."""
+    if format not in FORMATS:
+        raise WeightsError(f"There is no export format '{format}'; there are: {', '.join(FORMATS)}.")
+    if format == "peft":
+        if not model.llm.lora.rank:
+            raise WeightsError("The model has no adapters (llm.lora.rank = 0), so there is nothing for 'peft' to hold.")
+        if model.connector.kind != "mlp2x_gelu" or model.connector.row_end:
+            raise WeightsError(
+                "'peft' is for the adapters of a llava-hf model, and this one's connector has no class there. Keep "
+                "jaxvlm's own form, or export the merged model: --format llava-original."
+            )
+        return
+    reasons = TARGETS[format].reasons(model, prompt)
+    if reasons:
+        others = [name for name, target in TARGETS.items() if not target.reasons(model, prompt)]
+        instead = (
+            f"Use --format {others[0]}."
+            if others
+            else (
+                "No other project computes it either: keep jaxvlm's own form, which jaxvlm chat, eval and jaxvlm.load read."
+            )
+        )
+        raise WeightsError(f"'{format}' cannot hold this model: {'; '.join(reasons)}. {instead}")
 
 
-def _require_exportable(model: ModelConfig) -> None:
-    reasons = []
-    if _family(model) is None:
-        reasons.append("LLaVA there takes a CLIP or SigLIP tower, and this one is neither")
-    if model.vision.feature_norm:
+# -------------------------------------------------------------------------------------------------------- what fits where
+
+
+def _common_reasons(model: ModelConfig) -> list[str]:
+    """What no form of LLaVA has."""
+    vision, reasons = model.vision, []
+    for describe, config in ((describe_tower, vision), (describe_decoder, model.llm)):
+        try:
+            describe(config)
+        except WeightsError as error:
+            reasons.append(str(error).rstrip("."))
+    if vision.feature_norm:
         reasons.append("the tower's final norm is applied to the features (vision.feature_norm)")
-    if model.vision.pool != 1:
-        reasons.append("visual tokens are pooled (vision.pool)")
-    if model.connector.kind != "mlp2x_gelu":
-        reasons.append(f"the connector is '{model.connector.kind}', not 'mlp2x_gelu'")
+    if vision.pool != 1 or vision.resized_grid:
+        reasons.append("visual tokens are pooled or resized (vision.pool, vision.resized_grid)")
     if model.connector.input_norm:
         reasons.append("the connector starts with a norm (connector.input_norm)")
-    if reasons:
-        raise WeightsError(
-            "No model class of transformers computes this model: "
-            + "; ".join(reasons)
-            + ". Keep the run's own format (jaxvlm.load, jaxvlm serve)."
-        )
+    if model.llm.head_bias or model.llm.logit_softcap:
+        reasons.append("the head has a bias or a soft cap (llm.head_bias, llm.logit_softcap)")
+    return reasons
+
+
+def _hf_reasons(model: ModelConfig, prompt: PromptConfig) -> list[str]:
+    reasons = _common_reasons(model)
+    if model.connector.kind != "mlp2x_gelu":
+        reasons.append(f"the connector is '{model.connector.kind}', and only 'mlp2x_gelu' has a class there")
+    if len(model.vision.scales) > 1:
+        reasons.append("the tower sees several scales (vision.scales)")
+    if model.llm.learned_positions and model.llm.tie_embeddings:
+        reasons.append("LLaVA's classes cannot tie an OPT's head to its embedding (llm.tie_embeddings)")
+    return reasons
+
+
+def _llava_hf_reasons(model: ModelConfig, prompt: PromptConfig) -> list[str]:
+    reasons = _hf_reasons(model, prompt)
+    if model.connector.row_end:
+        reasons.append("rows of visual tokens end with a learned token (connector.row_end)")
+    if prompt.transform in ("anyres", "hd"):
+        reasons.append(f"images are cut into tiles (prompt.transform = '{prompt.transform}')")
+    return reasons
+
+
+def _llava_next_reasons(model: ModelConfig, prompt: PromptConfig) -> list[str]:
+    reasons = _hf_reasons(model, prompt)
+    if prompt.transform != "anyres" or not model.connector.row_end:
+        reasons.append("it is for tiled images with row ends (prompt.transform = 'anyres', connector.row_end = True)")
+    if prompt.max_tiles or not prompt.tile_several:
+        reasons.append("large grids are scaled down, or several images not tiled (prompt.max_tiles, tile_several)")
+    return reasons
 
 
 # ------------------------------------------------------------------------------------------------------------- tensors
 
 
-def _tensors(params: dict, model: ModelConfig, rows: int, dtype: Any) -> Iterator[_Tensor]:
-    parts = {
-        "vision": (_family(model), model.vision),
-        "connector": (CONNECTOR, model),
-        "llm": (LLAMA, model.llm),
+def _hf_name(model: ModelConfig, part: str, name: str) -> str:
+    if part == "connector":
+        return "image_newline" if name == "newline" else f"multi_modal_projector.{name}"
+    if part == "vision":  # CLIP and SigLIP have one more module around them than DINOv2
+        return f"vision_tower.{'' if model.vision.layer_scale else 'vision_model.'}{name}"
+    return f"language_model.{'' if name.startswith('lm_head.') else 'model.'}{name}"
+
+
+TARGETS = {
+    "llava-hf": Target(_llava_hf_reasons, _hf_name, hf_files.write_configs, processor="LlavaProcessor"),
+    "llava-next-hf": Target(_llava_next_reasons, _hf_name, hf_files.write_configs, processor="LlavaNextProcessor"),
+    "llava-original": Target(
+        lambda model, prompt: _common_reasons(model) + llava_files.reasons(model, prompt),
+        llava_files.rename,
+        llava_files.write_configs,
+        image_token=False,
+    ),
+}
+FORMATS = (*TARGETS, "peft")
+
+
+def _tensors(params: dict, model: ModelConfig, target: Target, rows: int, dtype: Any) -> Iterator[Tensor]:
+    parts: dict[str, tuple[Family, Any]] = {
+        "vision": (describe_tower(model.vision)[0], model.vision),
+        "connector": (connector_family(model), model),
+        "llm": (describe_decoder(model.llm)[0], model.llm),
     }
     for part, (family, config) in parts.items():
-        for tensor in _part_tensors(flatten_dict(params[part], sep="/"), family, config):
-            if part == "llm":
-                tensor = replace(tensor, name=("" if tensor.name.startswith("lm_head") else "model.") + tensor.name)
-                if rows > model.llm.vocab_size and tensor.name.endswith(("embed_tokens.weight", "lm_head.weight")):
-                    tensor = _with_rows(tensor, rows)
-            tensor = replace(tensor, name=LLAVA_EXPORT[part] + tensor.name)
-            yield tensor if dtype is None else _cast(tensor, jnp.dtype(dtype))
+        for tensor in part_tensors(flatten_dict(params[part], sep="/"), family, config):
+            if rows > model.llm.vocab_size and tensor.name.endswith(("embed_tokens.weight", "lm_head.weight")):
+                tensor = tensor.with_rows(rows)
+            tensor = dataclasses.replace(tensor, name=target.rename(model, part, tensor.name))
+            yield tensor if dtype is None else tensor.cast(jnp.dtype(dtype))
 
 
-def _part_tensors(leaves: dict[str, Any], family: Family, config: Any) -> Iterator[_Tensor]:
-    sizes = family.sizes(config)
-    used = set()
-    for rule in family.active(config):
-        if rule.path not in leaves:
-            raise WeightsError(f"The parameters lack {family.part}/{rule.path}, which the configuration asks for.")
-        leaf = leaves[rule.path]
-        used.add(rule.path)
-        file, ours = layout.parse(rule.axes)
-        shape = (len(family.layers(config)),) * rule.stacked + layout.shape(ours, sizes)
-        if leaf.shape != shape:
-            raise WeightsError(
-                f"{family.part}/{rule.path} is {list(leaf.shape)}, the configuration says {list(shape)}."
-            )
-
-        def make(rule=rule, leaf=leaf, layer=None) -> np.ndarray:
-            value = _gathered(leaf if layer is None else leaf[layer])
-            return np.ascontiguousarray(layout.convert(value, layout.reverse(rule.axes), sizes))
-
-        shape = layout.shape(file, sizes)
-        if not rule.stacked:
-            yield _Tensor(rule.names[0], shape, np.dtype(leaf.dtype), make)
-            continue
-        for layer in range(config.depth):
-            kept = layer in family.layers(config)
-            build = (lambda make=make, layer=layer: make(layer=layer)) if kept else _constant(0, shape, leaf.dtype)
-            yield _Tensor(rule.names[0].replace("{i}", str(layer)), shape, np.dtype(leaf.dtype), build)
-    if family.part == "vision":  # the norm after the discarded layers
-        width, kind = (config.width,), leaves["pos_embed"].dtype
-        yield _Tensor("post_layernorm.weight", width, np.dtype(kind), _constant(1, width, kind))
-        yield _Tensor("post_layernorm.bias", width, np.dtype(kind), _constant(0, width, kind))
-    if extra := sorted(set(leaves) - used):
-        raise WeightsError(f"These parameters have no place in the export: {', '.join(extra)} (in {family.part}).")
-
-
-def _constant(value: float, shape: tuple[int, ...], dtype: Any) -> Callable[[], np.ndarray]:
-    return lambda: np.full(shape, value, dtype)
-
-
-def _gathered(value: Any) -> np.ndarray:
-    """The whole array on this host, also when its shards live on several."""
-    if isinstance(value, jax.Array) and not value.is_fully_addressable:
-        from jax.experimental import multihost_utils
-
-        return np.asarray(multihost_utils.process_allgather(value, tiled=True))
-    return np.asarray(value)
-
-
-def _with_rows(tensor: _Tensor, rows: int) -> _Tensor:
-    """More vocabulary rows, all the mean of the present ones: near no word, and never the likeliest next token."""
-
-    def make() -> np.ndarray:
-        table = tensor.make()
-        mean = table.mean(0, keepdims=True, dtype=np.float32).astype(table.dtype)
-        return np.concatenate([table, np.repeat(mean, rows - len(table), 0)])
-
-    return replace(tensor, shape=(rows, *tensor.shape[1:]), make=make)
-
-
-def _cast(tensor: _Tensor, dtype: np.dtype) -> _Tensor:
-    return replace(tensor, dtype=dtype, make=lambda: tensor.make().astype(dtype))
-
-
-def _write_shards(tensors: list[_Tensor], folder: Path, shard_bytes: int) -> None:
-    """Safetensors files of at most `shard_bytes` (one tensor at least), and their index when there are several."""
-    from safetensors.numpy import save_file
-
-    shards: list[list[_Tensor]] = [[]]
-    for tensor in tensors:
-        if shards[-1] and sum(t.nbytes for t in shards[-1]) + tensor.nbytes > shard_bytes:
-            shards.append([])
-        shards[-1].append(tensor)
-    index = {}
-    for number, shard in enumerate(shards, 1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        values = {tensor.name: tensor.make() for tensor in shard}
-        if jax.process_index() == 0:
-            save_file(values, folder / name, metadata={"format": "pt"})
-        index |= dict.fromkeys(values, name)
-    if len(shards) > 1:
-        total = {"total_size": sum(tensor.nbytes for tensor in tensors)}
-        text = json.dumps({"metadata": total, "weight_map": dict(sorted(index.items()))}, indent=2)
-        (folder / "model.safetensors.index.json").write_text(text + "\n")
+def _without_lora(tree: dict) -> dict:
+    return {
+        name: _without_lora(value) if isinstance(value, dict) else value
+        for name, value in tree.items()
+        if not name.startswith("lora_")
+    }

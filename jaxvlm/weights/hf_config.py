@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ ACTIVATIONS = {
     "gelu": "gelu_erf",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
+    "silu": "silu",
+    "relu": "relu",
 }
 
 
@@ -25,11 +28,44 @@ def image_processor(folder: Path) -> dict:
     return {}
 
 
+# What a chat template written for one of our templates contains; the first that fits is taken.
+_MARKS = (
+    ("chatml", r"<\|im_start\|>"),
+    ("llava_llama_2", r"\[INST\][\s\S]*<<SYS>>|<<SYS>>[\s\S]*\[INST\]"),
+    ("mistral_instruct", r"\[INST\]"),
+    ("llava_v1", r"curious human"),
+    ("vicuna_v1", r"USER: ?"),
+    ("prism", r"In: "),
+)
+
+
+def template_of(folder: Path) -> str | None:
+    """The name of the conversation template that a folder's chat template is written for; None if it has none."""
+    for name in ("chat_template.jinja", "chat_template.json", "tokenizer_config.json", "processor_config.json"):
+        if not (folder / name).is_file():
+            continue
+        text = (folder / name).read_text() if name.endswith(".jinja") else read_json(folder / name).get("chat_template")
+        if isinstance(text, list):  # several templates by name
+            text = next((entry["template"] for entry in text if entry.get("name") == "default"), None)
+        if text:
+            return next((template for template, mark in _MARKS if re.search(mark, text)), None)
+    return None
+
+
+def config_file(folder: Path) -> Path | None:
+    """The file in a folder that says what the checkpoint there is; OpenCLIP gives its own another name."""
+    files = (folder / name for name in ("config.json", "open_clip_config.json"))
+    return next((file for file in files if file.is_file()), None)
+
+
 def read_json(file: Path) -> dict:
     try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise WeightsError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise WeightsError(f"{file} is not a JSON object but a {type(values).__name__}.")
+    return values
 
 
 def activation(name: str, folder: Path) -> str:

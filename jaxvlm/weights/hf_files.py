@@ -1,4 +1,4 @@
-"""The small files of a llava-hf folder: configs, processor, tokenizer, chat template (ecosystem §3.2)."""
+"""The small files of a llava-hf folder: configs, processor, tokenizer (ecosystem §3.2)."""
 
 from __future__ import annotations
 
@@ -9,25 +9,32 @@ from pathlib import Path
 from typing import Any
 
 from jaxvlm.config import LLMConfig, ModelConfig, PromptConfig, VisionConfig
-from jaxvlm.weights.hf_config import ACTIVATIONS
+from jaxvlm.weights.chat_templates import CHAT, CHAT_ENDS, chat_template
+from jaxvlm.weights.families import describe_decoder
+from jaxvlm.weights.families.hf_towers import HF_ACTIVATIONS, describe_tower
+from jaxvlm.weights.families.llava import PINPOINTS
 from jaxvlm.weights.readers import WeightsError
 
-HF_ACTIVATIONS = {ours: name for name, ours in reversed(ACTIVATIONS.items())}
+CLASSES = {  # the model and its processor
+    "llava": ("LlavaForConditionalGeneration", "LlavaProcessor"),
+    "llava_next": ("LlavaNextForConditionalGeneration", "LlavaNextProcessor"),
+}
+_DECODERS = {"opt": "OPT", "gemma3_text": "Gemma3"}  # where a class is not its model_type with a capital
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 TOKENIZER_FILES += ("tokenizer.model", "vocab.json", "merges.txt")
 
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    image_id: int
+    image_id: int  # -1 where there is none
     ids: dict[str, int]
     bos: int | None
     eos: int | None
     pad: int | None
 
 
-def copy_tokenizer(source: Path, out: Path) -> TokenizerFacts:
-    """Copies a tokenizer folder, adding `<image>` as a special token if it has none. Raises `WeightsError`."""
+def copy_tokenizer(source: Path, out: Path, image: bool = True, processor: str = "LlavaProcessor") -> TokenizerFacts:
+    """Copies a tokenizer folder; with `image`, `<image>` is one of its special tokens. Raises `WeightsError`."""
     if not (source / "tokenizer.json").is_file():
         raise WeightsError(
             f"prompt.tokenizer = '{source}' is not a folder with a tokenizer.json, which the export needs."
@@ -42,21 +49,21 @@ def copy_tokenizer(source: Path, out: Path) -> TokenizerFacts:
     config_file = out / "tokenizer_config.json"
     config = json.loads(config_file.read_text()) if config_file.is_file() else {}
     config = {"tokenizer_class": "PreTrainedTokenizerFast"} | config
-    if "<image>" not in ids:
+    if image and "<image>" not in ids:
         ids["<image>"] = max(ids.values()) + 1
-    if all(token["content"] != "<image>" for token in tokenizer.get("added_tokens", [])):
+    if image and all(token["content"] != "<image>" for token in tokenizer.get("added_tokens", [])):
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
         tokenizer.setdefault("added_tokens", []).append({"id": ids["<image>"], "content": "<image>"} | flags)
         if "added_tokens_decoder" in config:
             config["added_tokens_decoder"][str(ids["<image>"])] = {"content": "<image>"} | flags
-        _write(out / "tokenizer.json", tokenizer)
-    _write(config_file, config | {"processor_class": "LlavaProcessor"})
+        write(out / "tokenizer.json", tokenizer)
+    write(config_file, config | ({"processor_class": processor} if image else {}))
 
     def id_of(role: str) -> int | None:
         token = config.get(f"{role}_token")
         return ids.get(token["content"] if isinstance(token, dict) else token)
 
-    return TokenizerFacts(ids["<image>"], ids, id_of("bos"), id_of("eos"), id_of("pad"))
+    return TokenizerFacts(ids.get("<image>", -1), ids, id_of("bos"), id_of("eos"), id_of("pad"))
 
 
 def write_configs(
@@ -67,88 +74,70 @@ def write_configs(
     dtype: str,
     out: Path,
 ) -> None:
-    """config.json, generation_config.json, both processor files and the chat template."""
-    vision = model.vision
+    """config.json, generation_config.json, both processor files and the chat template.
+
+    A model with row ends is LLaVA-NeXT's; any other is plain LLaVA's.
+    """
+    vision, kind = model.vision, "llava_next" if model.connector.row_end else "llava"
     strategy = "full" if vision.feature_tokens == "cls_patch" or not vision.class_token else "default"
+    layers = vision.feature_layers
     config = {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "model_type": "llava",
+        "architectures": [CLASSES[kind][0]],
+        "model_type": kind,
         "dtype": dtype,
         "torch_dtype": dtype,  # the name before transformers 5
         "image_seq_length": vision.num_tokens,
         "image_token_index": tokenizer.image_id,
-        "multimodal_projector_bias": True,
+        "multimodal_projector_bias": model.connector.bias,
         "projector_hidden_act": HF_ACTIVATIONS[model.connector.activation],
-        "vision_feature_layer": vision.feature_layers[0]
-        if len(vision.feature_layers) == 1
-        else list(vision.feature_layers),
+        "vision_feature_layer": layers[0] if len(layers) == 1 else list(layers),
         "vision_feature_select_strategy": strategy,
         "tie_word_embeddings": model.llm.tie_embeddings,
-        "vision_config": vision_config(vision),
+        "vision_config": describe_tower(vision)[1],
         "text_config": text_config(model.llm, vocab_size, tokenizer) | {"dtype": dtype},
     }
-    _write(out / "config.json", config)
-    ends = {tokenizer.ids.get(mark) for mark in CHAT_ENDS.get(prompt.template, ())} | {tokenizer.eos}
-    ends = sorted(end for end in ends if end is not None)
-    known = {"bos_token_id": tokenizer.bos, "pad_token_id": tokenizer.pad, "eos_token_id": ends or None}
-    _write(out / "generation_config.json", {key: value for key, value in known.items() if value is not None})
     image = image_processor(vision, prompt.transform)
-    _write(out / "preprocessor_config.json", image | {"processor_class": "LlavaProcessor"})
+    if kind == "llava_next":
+        pinpoints = {
+            "image_grid_pinpoints": [[side * vision.image_size for side in grid] for grid in tile_grids(prompt)]
+        }
+        config |= pinpoints | {"use_image_newline_parameter": True}
+        image |= pinpoints
+    write(out / "config.json", config)
+    write(out / "generation_config.json", generation_config(prompt, tokenizer))
+    write(out / "preprocessor_config.json", image | {"processor_class": CLASSES[kind][1]})
     processor = {
-        "processor_class": "LlavaProcessor",
+        "processor_class": CLASSES[kind][1],
         "image_processor": image,
         "image_token": "<image>",
         "num_additional_image_tokens": int(vision.class_token),
         "patch_size": vision.patch_size,
         "vision_feature_select_strategy": strategy,
     }
-    _write(out / "processor_config.json", processor)
+    write(out / "processor_config.json", processor)
     if prompt.template in CHAT:
-        (out / "chat_template.jinja").write_text(chat_template(prompt.template))
+        (out / "chat_template.jinja").write_text(chat_template(prompt.template, prompt.layout))
 
 
-def vision_config(vision: VisionConfig) -> dict[str, Any]:
-    return {
-        "model_type": "clip_vision_model" if vision.class_token else "siglip_vision_model",
-        "hidden_size": vision.width,
-        "intermediate_size": vision.mlp_dim,
-        "num_hidden_layers": vision.depth,
-        "num_attention_heads": vision.num_heads,
-        "num_channels": 3,
-        "image_size": vision.image_size,
-        "patch_size": vision.patch_size,
-        "hidden_act": HF_ACTIVATIONS[vision.activation],
-        "layer_norm_eps": vision.norm_eps,
-    } | ({} if vision.class_token else {"vision_use_head": False})  # SigLIP's pooling head has no part in LLaVA
+def generation_config(prompt: PromptConfig, tokenizer: TokenizerFacts) -> dict[str, Any]:
+    ends = {tokenizer.ids.get(mark) for mark in CHAT_ENDS.get(prompt.template, ())} | {tokenizer.eos}
+    ends = sorted(end for end in ends if end is not None)
+    known = {"bos_token_id": tokenizer.bos, "pad_token_id": tokenizer.pad, "eos_token_id": ends or None}
+    return {key: value for key, value in known.items() if value is not None}
 
 
 def text_config(llm: LLMConfig, vocab_size: int, tokenizer: TokenizerFacts) -> dict[str, Any]:
-    kind = "qwen2" if llm.qkv_bias else "mistral" if llm.sliding_window else "llama"
-    config = {
-        "model_type": kind,
-        "architectures": [f"{kind.capitalize()}ForCausalLM"],
-        "vocab_size": vocab_size,
-        "hidden_size": llm.width,
-        "intermediate_size": llm.mlp_dim,
-        "num_hidden_layers": llm.depth,
-        "num_attention_heads": llm.num_heads,
-        "num_key_value_heads": llm.num_kv_heads,
-        "head_dim": llm.head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": llm.max_positions,
-        "rms_norm_eps": llm.norm_eps,
-        "rope_theta": llm.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": llm.rope_theta},  # transformers 5
-        "tie_word_embeddings": llm.tie_embeddings,
-        "bos_token_id": tokenizer.bos,
-        "eos_token_id": tokenizer.eos,
-        "pad_token_id": tokenizer.pad,
-    }
-    if kind != "llama":
-        config["sliding_window"] = llm.sliding_window
-    if kind == "qwen2":
-        config |= {"use_sliding_window": llm.sliding_window is not None, "max_window_layers": 0}
-    return config
+    """The decoder's config.json, with as many tokens as are written and the special ones among them."""
+    values = describe_decoder(llm)[1]
+    kind = values["model_type"]
+    special = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
+    architecture = f"{_DECODERS.get(kind, kind.capitalize())}ForCausalLM"
+    return values | special | {"vocab_size": vocab_size, "architectures": [architecture]}
+
+
+def tile_grids(prompt: PromptConfig) -> tuple[tuple[int, int], ...]:
+    """The (rows, columns) of tiles that an `anyres` prompt chooses from."""
+    return prompt.grids or tuple((height // 336, width // 336) for height, width in PINPOINTS)
 
 
 def image_processor(vision: VisionConfig, transform: str) -> dict[str, Any]:
@@ -160,6 +149,7 @@ def image_processor(vision: VisionConfig, transform: str) -> dict[str, Any]:
         "letterbox": ("LlavaImageProcessor", {"do_pad": True, "size": shortest, "do_center_crop": True}),
         "crop": ("CLIPImageProcessor", {"size": shortest, "do_center_crop": True}),
         "naive": ("CLIPImageProcessor" if vision.class_token else "SiglipImageProcessor", naive),
+        "anyres": ("LlavaNextImageProcessor", {"do_pad": True, "size": shortest, "do_center_crop": True}),
     }
     if transform not in kinds:
         raise WeightsError(f"No HF image processor does transform '{transform}'; those for {', '.join(kinds)} exist.")
@@ -179,77 +169,5 @@ def image_processor(vision: VisionConfig, transform: str) -> dict[str, Any]:
     }
 
 
-# ------------------------------------------------------------------------------------------------------- chat templates
-
-# The conversation templates as Jinja: text before a question, after it, before an answer, after it. They must render
-# what `data.conversation.prompt` renders; a test holds the two together (this room may not import that one).
-_VICUNA = {"user": "USER: ", "ask": " ASSISTANT:", "lead": " ", "end": "</s>", "system_format": ("", " ")}
-_INST = {"user": "[INST] ", "ask": " [/INST]", "lead": " ", "end": " </s>"}
-_CURIOUS = (
-    "A chat between a curious {0} and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the {0}'s questions."
-)
-CHAT: dict[str, dict[str, Any]] = {
-    "vicuna_v1": _VICUNA | {"system": _CURIOUS.format("user")},
-    "llava_v1": _VICUNA | {"system": _CURIOUS.format("human")},
-    "llava_llama_2": _INST
-    | {
-        "between": "<s>",
-        "system_format": ("<<SYS>>\n", "\n<</SYS>>\n\n"),
-        "system_inside": True,
-        "system": "You are a helpful language and vision assistant. You are able to understand the visual content that "
-        "the user provides, and assist the user with a variety of tasks using natural language.",
-    },
-    "mistral_instruct": _INST,
-    "chatml": {
-        "user": "<|im_start|>user\n",
-        "ask": "<|im_end|>\n<|im_start|>assistant\n",
-        "lead": "",
-        "end": "<|im_end|>\n",
-        "system_format": ("<|im_start|>system\n", "<|im_end|>\n"),
-        "strip_answers": True,
-    },
-    "prism": {"user": "In: ", "ask": "\nOut:", "lead": " ", "end": "{{ eos_token }}"}
-    | {"image_first": True, "strip_answers": True},
-}
-CHAT_ENDS = {name: (values["end"].strip(),) for name, values in CHAT.items()}
-
-
-def chat_template(name: str) -> str:
-    """Jinja source that renders messages (strings, or lists of text and image parts) like the named template."""
-    defaults = {"between": "", "system": "", "system_format": ("", ""), "system_inside": False}
-    t = defaults | {"image_first": False, "strip_answers": False} | CHAT[name]
-
-    def say(text: str) -> str:
-        return text if "{{" in text or not text else f"{{{{ {json.dumps(text)} }}}}"
-
-    before, after = t["system_format"]
-    system = f"{{% if system %}}{say(before)}{{{{ system }}}}{say(after)}{{% endif %}}"
-    inside, outside = (system, "") if t["system_inside"] else ("", system)
-    text = (
-        "{% set text %}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
-        "{% for c in m['content'] %}{% if c['type'] == 'image' %}" + say("<image>\n") + "{% endif %}{% endfor %}"
-        "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}"
-        "{% endif %}{% endset %}"
-    )
-    words = "text.replace('<image>', '').strip()"
-    if t["image_first"]:
-        images, question = "{{ '<image>' * text.count('<image>') }}", f"{{{{ {words} }}}}"
-    else:  # one image moves to the front of its turn, several keep their places
-        front = f'{{{{ ("<image>\\n" + {words}).strip() }}}}'
-        images = ""
-        question = f"{{% if text.count('<image>') == 1 %}}{front}{{% else %}}{{{{ text }}}}{{% endif %}}"
-    answer = "{{ text.strip() }}" if t["strip_answers"] else "{{ text }}"
-    return (
-        f"{{% set system = {json.dumps(t['system'])} %}}"
-        "{% if messages and messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}"
-        "{% set messages = messages[1:] %}{% endif %}"
-        f"{outside}{{% for m in messages %}}{text}{{% if m['role'] == 'user' %}}{images}"
-        f"{{% if loop.first %}}{say(t['user'])}{inside}{{% else %}}{say(t['between'] + t['user'])}{{% endif %}}"
-        f"{question}{say(t['ask'])}"
-        f"{{% else %}}{say(t['lead'])}{answer}{say(t['end'])}{{% endif %}}{{% endfor %}}"
-    )
-
-
-def _write(file: Path, values: dict) -> None:
+def write(file: Path, values: dict) -> None:
     file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")

@@ -1,34 +1,40 @@
 """Checkpoint files to parameters: strict about names, frugal with memory.
 
-A plan is made first (`plan.py`), so nothing is read before everything is known to fit. Then each parameter is built
-on its own: with shardings, from the slices that this process owns; without, as one array.
+What is at a path becomes a list of pieces, one for each table that reads a share of its tensors (`pieces.py`); the
+pieces become a plan (`plan.py`), so nothing is read before everything is known to fit; the plan becomes arrays
+(`build.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxvlm.config import LLMConfig, ModelConfig, VisionConfig
-from jaxvlm.weights.configs import identify
-from jaxvlm.weights.families import CONNECTOR, FAMILIES, LLAMA, Family
-from jaxvlm.weights.families.llava import split_llava_name
-from jaxvlm.weights.plan import ImportReport, Leaf, plan_part
-from jaxvlm.weights.readers import Index, TensorSource, WeightsError, open_source
+from jaxvlm.config import ConnectorConfig, LLMConfig, ModelConfig, PromptConfig, VisionConfig
+from jaxvlm.models.vlm import abstract_params, init_params
+from jaxvlm.weights import adapters as lora
+from jaxvlm.weights.build import Dtype, build
+from jaxvlm.weights.configs import Found, config_folder, identify, is_run, prompt_of, run_folder
+from jaxvlm.weights.hf_config import template_of
+from jaxvlm.weights.pieces import connector_piece, model_pieces, part_pieces, projector_config
+from jaxvlm.weights.plan import ImportReport, Leaf, Piece, plan
+from jaxvlm.weights.readers import WeightsError, open_source
+from jaxvlm.weights.resample import resampled
+from jaxvlm.weights.saved import load_model
 
-Dtype = Any  # a dtype, or a function from a parameter's path to one
 
-# Where a run may differ from what a checkpoint says of itself: which features are taken, and what changes no weight.
-FREE = {"feature_layers", "feature_norm", "feature_tokens", "pool", "mean", "std", "image_size", "activation"}
-FREE |= {"max_positions", "sliding_window", "lora"}
-OF_A_CONV_TOWER = {"kind", "width"}  # all that describes one; the rest is in its weights
+class Opened(NamedTuple):
+    """A model whose files are open and of which no tensor has been read."""
+
+    config: ModelConfig
+    prompt: PromptConfig
+    pieces: list[Piece]
+    new: bool = False  # what no piece has is initialised
 
 
 def import_part(
@@ -40,17 +46,23 @@ def import_part(
     shardings: Any = None,
     report: ImportReport | None = None,
 ) -> dict:
-    """The parameters of one `part` ('vision', 'connector' or 'llm') from a checkpoint of it, or of a whole LLaVA.
+    """The parameters of one `part` ('vision', 'connector' or 'llm') from a checkpoint of it, or of a whole model.
 
-    `config` is the model's (or the part's) configuration, by default the checkpoint's own. `dtype` is one dtype or a
-    function of the parameter's path. With `shardings` (a tree like the result) each leaf is read and placed shard by
-    shard. A `report` given here is filled in. Position embeddings of another image size are resampled as DINOv2 does
-    (bicubic). Adapters (`llm.lora`) are not in checkpoints and not in the result. Raises `WeightsError` listing every
+    `config` is the model's (or the part's) configuration, by default the checkpoint's own. `dtype` is one dtype, a
+    function of the parameter's path, or None for the file's. With `shardings` (a tree like the result) each leaf is read
+    and placed shard by shard. A `report` given here is filled in. Position embeddings of another image size are
+    resampled as the tower's own code does it. The towers of a fused one are given by several paths with commas between
+    them. Adapters (`llm.lora`) are not in checkpoints and not in the result. Raises `WeightsError` listing every
     missing, unknown or misshapen tensor.
     """
-    source, names, family, config, found = _open_part(path, part, config)
-    leaves = _plan(source, names, family, config, found, report)
-    return _build(leaves, part, dtype, shardings)
+    placed = None if shardings is None else {part: shardings}
+    if (run := run_folder(Path(path).expanduser())) is not None:
+        return load_model(run, placed and (lambda config: placed), dtype, part)[0][part]
+    pieces = part_pieces(path, part, config)
+    if report is not None and part == "llm" and pieces[0].config.lora.rank:
+        targets = ", ".join(pieces[0].config.lora.targets)
+        report.initialised.append((f"llm/layers/*/{{{targets}}}/lora_*", "adapters, not in the checkpoint"))
+    return build(planned(pieces, report), dtype, placed)[part]
 
 
 def import_model(
@@ -59,173 +71,188 @@ def import_model(
     dtype: Dtype = jnp.float32,
     shardings: Any = None,
     report: ImportReport | None = None,
+    **where: Any,
 ) -> tuple[ModelConfig, dict]:
-    """(configuration, parameters) of a llava-hf folder, under any of the names it has had over the years.
-
-    `shardings` is a tree like the parameters, or a function from the configuration to one. Raises `WeightsError`.
-    """
-    _, part, config = identify(path)
-    if part != "model":
-        raise WeightsError(
-            f"{path} holds a '{part}' part, not a whole model. Use import_part, or init.{part} in a config."
-        )
-    source = open_source(path)
-    shardings = shardings(config) if callable(shardings) else shardings
-    families = {part: _llava_family(part, config) for part in ("vision", "connector", "llm")}
-    plans = {
-        part: plan_part(source, _llava_names(source, part), family, part_config, report)
-        for part, (family, part_config) in families.items()
-    }
-    params = {
-        part: _build(leaves, part, dtype, None if shardings is None else shardings[part])
-        for part, leaves in plans.items()
-    }
+    """(configuration, parameters) of a whole model; see `load_any`."""
+    config, _, params = load_any(path, dtype=dtype, shardings=shardings, report=report, **where)
     return config, params
 
 
-# ------------------------------------------------------------------------------------------------ what belongs together
+def load_any(
+    path: str | Path,
+    *,
+    dtype: Dtype = jnp.float32,
+    shardings: Any = None,
+    report: ImportReport | None = None,
+    **where: Any,
+) -> tuple[ModelConfig, PromptConfig, dict]:
+    """(configuration, prompt, parameters) of a whole model in any format, or of a jaxvlm run.
+
+    `shardings` is a tree like the parameters, or a function from the configuration to one. `where` is `open_model`'s.
+    Raises `WeightsError`, or `CheckpointError` for a run that cannot be read.
+    """
+    if is_run(Path(path).expanduser()):
+        place = shardings if shardings is None or callable(shardings) else lambda config: shardings
+        params, config, prompt, _ = load_model(Path(path).expanduser(), place, dtype)
+        return config, prompt, params
+    opened = open_model(path, report=report, **where)
+    return opened.config, opened.prompt, read_model(opened, dtype=dtype, shardings=shardings, report=report)
 
 
-def _open_part(path: str | Path, part: str, config: Any) -> tuple[TensorSource, dict[str, str], Family, Any, Any]:
-    """The file, its names in the family's table, the family, and the wanted and the file's own configuration."""
-    if part == "connector":
-        model = config if isinstance(config, ModelConfig) else identify(path)[2]
-        if model.connector.input_norm:
-            raise WeightsError(f"{path}: no checkpoint format holds an input norm. Set connector.input_norm = False.")
-        source = open_source(path)
-        return source, _llava_names(source, part), CONNECTOR, model, model
-    family_name, holds, found = identify(path)
-    if holds == "model":
-        family, found = _llava_family(part, found)
-    elif holds == part:
-        family = FAMILIES[family_name]
-    else:
-        raise WeightsError(f"{path} holds a '{holds}' part, not '{part}'.")
-    wanted = found if config is None else getattr(config, part) if isinstance(config, ModelConfig) else config
-    _require_same_kind(path, part, found, wanted)
-    source = open_source(path)
-    names = _llava_names(source, part) if holds == "model" else _names(source, family.canonical)
-    return source, names, family, wanted, found
+# ------------------------------------------------------------------------------------------------------------- opening
 
 
-def _llava_family(part: str, config: ModelConfig) -> tuple[Family, Any]:
-    if part == "connector":
-        return CONNECTOR, config
-    if part == "llm":
-        return LLAMA, config.llm
-    name = "dinov2" if config.vision.layer_scale else "clip" if config.vision.class_token else "siglip"
-    return FAMILIES[name], config.vision
+def open_model(
+    path: str | Path,
+    *,
+    vision: str = "",
+    llm: str = "",
+    base: str = "",
+    merge: bool = False,
+    report: ImportReport | None = None,
+) -> Opened:
+    """A whole model, or adapters with the model they belong to.
+
+    Args:
+        vision, llm: where the parts are that the checkpoint only names (LLaVA's own format, Prismatic, Cambrian).
+        base: the model that the adapters at `path` belong to.
+        merge: adds the adapters to the weights they adapt, where they would be leaves of their own.
+    """
+    path = Path(path).expanduser()
+    if (path / lora.CONFIG).is_file():
+        return _open_adapted(path, {"vision": vision, "llm": llm}, base, merge, report)
+    found = identify(path, vision)
+    if found.part != "model":
+        raise WeightsError(_not_whole(path, found.part))
+    pieces = model_pieces(found, {"vision": vision, "llm": llm}, open_source(found.path), report)
+    return Opened(found.config, _prompt(found, found.folder, llm), pieces)
 
 
-def _llava_names(source: TensorSource, part: str) -> dict[str, str]:
-    """{name in the part's table: name in the file}; a tensor of no part goes to the llm, whose plan will reject it."""
-
-    def canonical(name: str) -> str | None:
-        owner, key = split_llava_name(name) or ("llm", name)
-        return key if owner == part else None
-
-    return _names(source, canonical)
-
-
-def _names(source: TensorSource, canonical: Callable[[str], str | None]) -> dict[str, str]:
-    names: dict[str, str] = {}
-    for name in source.names():
-        key = canonical(name)
-        if key in names:
-            raise WeightsError(f"{source.path}: '{name}' and '{names[key]}' are two names of one tensor. Keep one.")
-        if key is not None:
-            names[key] = name
-    return names
-
-
-def _require_same_kind(path: str | Path, part: str, found: Any, wanted: Any) -> None:
-    """Compares the settings that the weights were trained with; a wrong one would load and compute something else."""
-    fields = {item.name for item in dataclasses.fields(found)} - FREE
-    if part == "vision" and found.kind != "vit":
-        fields = OF_A_CONV_TOWER
-    changed = []
-    for name in sorted(fields):
-        theirs, ours = getattr(found, name), getattr(wanted, name)
-        if not (np.isclose(theirs, ours, rtol=1e-6) if isinstance(theirs, float) else theirs == ours):
-            changed.append(f"\n  {part}.{name} is {ours}, the checkpoint's is {theirs}")
-    if changed:
-        raise WeightsError(f"{path} is not the model that the configuration describes:{''.join(changed)}")
+def open_parts(vision: str, llm: str, connector: str = "", report: ImportReport | None = None) -> Opened:
+    """A new model of a tower, a language model and, if there is one, the projector between them."""
+    towers, language = identify(vision), identify(llm)
+    for name, found in (("vision", towers), ("llm", language)):
+        if found.part not in (name, "model"):
+            raise WeightsError(f"--{name} {found.path} holds a '{found.part}' part, not '{name}'.")
+    parts = {
+        name: getattr(f.config, name) if f.part == "model" else f.config
+        for name, f in (("vision", towers), ("llm", language))
+    }
+    config = ModelConfig(connector=ConnectorConfig(), **parts)
+    if connector:
+        config = dataclasses.replace(config, connector=projector_config(connector))
+    pieces = part_pieces(vision, "vision", config)
+    pieces += [connector_piece(connector, config)] if connector else []
+    if report is not None and not connector:
+        report.initialised.append(("connector/*", f"{config.connector.kind}, from the seed"))
+    prompt = PromptConfig(tokenizer=str(language.folder), template=template_of(language.folder) or "vicuna_v1")
+    return Opened(config, prompt, [*pieces, *part_pieces(llm, "llm", config)], new=True)
 
 
-def _plan(
-    source: TensorSource,
-    names: dict[str, str],
-    family: Family,
-    config: Any,
-    found: Any,
-    report: ImportReport | None,
-) -> list[Leaf]:
-    if family.part != "vision":
-        leaves = plan_part(source, names, family, config, report)
-        if report is not None and family.part == "llm" and config.lora.rank:
-            targets = ", ".join(config.lora.targets)
-            report.initialised.append((f"llm/layers/*/{{{targets}}}/lora_*", "adapters, not in the checkpoint"))
-        return leaves
-    if found.kind != "vit":
-        return plan_part(source, names, family, found, report)
-    leaves = plan_part(source, names, family, dataclasses.replace(config, image_size=found.image_size), report)
-    if config.image_size // config.patch_size == found.image_size // found.patch_size:
-        return leaves
-    return [_resampled(leaf, found, config) if leaf.path == "pos_embed" else leaf for leaf in leaves]
+def _open_adapted(
+    folder: Path, elsewhere: dict[str, str], base: str, merge: bool, report: ImportReport | None
+) -> Opened:
+    """Adapters, LLaVA's folders with their own config.json and projector included, on the model they belong to."""
+    adapters = lora.read_adapters(folder)
+    if not base and not Path(adapters.base).expanduser().is_dir():
+        raise WeightsError(
+            f"{folder} holds adapters; they were trained on '{adapters.base or 'a model that it does not name'}'. "
+            "Get that model and give its folder: --base PATH (base=PATH in Python)."
+        )
+    under = identify(base or adapters.base, elsewhere["vision"])
+    found = identify(folder, elsewhere["vision"]) if config_folder(folder) == folder else under
+    if found.part != "model":
+        raise WeightsError(_not_whole(under.path, under.part))
+    if under.part == "model" and under.format is not found.format:
+        raise WeightsError(
+            f"{folder} is of the format {found.format.name}, its base {under.path} of {under.format.name}."
+        )
+
+    def key(name: str) -> tuple[str, str]:
+        """By which differently spelt names are told to be one tensor's."""
+        place, rest = found.format.split_name(name) or ("", name)
+        return place, found.families[place].canonical(rest) if place in found.families else rest
+
+    source = lora.Overlay(key, *adapters.others, open_source(under.path))
+    if merge:
+        names = {key(name): name for name in source.names()}
+        lost = [module for module in adapters.modules if key(f"{module}.weight") not in names]
+        if lost:
+            raise WeightsError(f"{folder}: {under.path} has no {', '.join(lost[:8])}, which the adapters are for.")
+        modules = {names[key(f"{module}.weight")]: pair for module, pair in adapters.modules.items()}
+        source = lora.Merged(source, adapters, modules)
+        pieces = model_pieces(found, elsewhere, source, report)
+        return Opened(found.config, _prompt(found, folder, str(under.folder)), pieces)
+    family, names = found.families["llm"], {}
+    strange = [module for module in adapters.modules if key(f"{module}.weight")[0] != "llm"]
+    keys = {key(f"{module}.weight")[1].removesuffix(".weight"): module for module in adapters.modules}
+    settings = lora.lora_config(adapters, family, found.config.llm, set(keys) | set(strange))
+    config = dataclasses.replace(found.config, llm=dataclasses.replace(found.config.llm, lora=settings))
+    for module_key, module in keys.items():
+        names |= {
+            f"{module_key}.lora_{half}.weight": name for half, name in zip("AB", adapters.modules[module], strict=True)
+        }
+    table = lora.lora_family(family, config.llm)
+    pieces = model_pieces(found._replace(config=config), elsewhere, source, report)
+    pieces.append(Piece("llm", table, config.llm, adapters.source, names))
+    return Opened(config, _prompt(found, folder, str(under.folder)), pieces)
 
 
-# ------------------------------------------------------------------------------------------------------------- building
+def _not_whole(path: Path, part: str) -> str:
+    alone = {"llm": "a language model alone", "vision": "a vision tower alone"}[part]
+    return (
+        f"{path} holds {alone} (a '{part}' part), not a whole model. Join it with the other part: "
+        f"jaxvlm import --vision FOLDER --llm FOLDER OUT, or init.{part} in a config."
+    )
 
 
-def _build(leaves: list[Leaf], part: str, dtype: Dtype, shardings: Any) -> dict:
-    placed = None if shardings is None else flatten_dict(shardings, sep="/")
-    built = {}
+def _prompt(found: Found, *folders: str | Path) -> PromptConfig:
+    """What the format says; the tokenizer of the first folder that has one."""
+    prompt = prompt_of(found.format, found.given, found.folder)
+    held = [str(folder) for folder in folders if folder and (Path(folder).expanduser() / "tokenizer.json").is_file()]
+    return dataclasses.replace(prompt, tokenizer=held[0]) if held else prompt
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_model(
+    opened: Opened,
+    *,
+    dtype: Dtype = jnp.float32,
+    shardings: Any = None,
+    seed: int = 0,
+    report: ImportReport | None = None,
+) -> dict:
+    """The parameters of an opened model. Raises `WeightsError` listing every tensor that does not fit."""
+    leaves = planned(opened.pieces, report)
+    shardings = shardings(opened.config) if callable(shardings) else shardings
+    params = build(leaves, dtype, shardings)
+    return _with_initial(opened.config, params, seed) if opened.new else params
+
+
+def planned(pieces: list[Piece], report: ImportReport | None = None) -> list[Leaf]:
+    """Every parameter of the pieces. Raises `WeightsError` listing every tensor that does not fit."""
+    return [leaf for piece, leaves in zip(pieces, plan(pieces, report), strict=True) for leaf in _fitted(leaves, piece)]
+
+
+def _fitted(leaves: list[Leaf], piece: Piece) -> list[Leaf]:
+    """The leaves under their whole paths, position embeddings resampled to the wanted image size."""
+    result = []
     for leaf in leaves:
-        is_function = callable(dtype) and not isinstance(dtype, type)
-        kind = jnp.dtype(dtype(f"{part}/{leaf.path}") if is_function else dtype)
-        if placed is None:
-            built[leaf.path] = jnp.asarray(leaf.read(tuple(slice(0, n) for n in leaf.shape)).astype(kind, copy=False))
-        elif leaf.path not in placed:
-            raise WeightsError(f"No sharding was given for {part}/{leaf.path}.")
-        else:
-            built[leaf.path] = _sharded(leaf, kind, placed[leaf.path])
-    return unflatten_dict(built, sep="/")
+        if leaf.path == "pos_embed" and piece.resized is not None:
+            leaf = resampled(leaf, piece.config, piece.resized, piece.family.resample)
+        result.append(dataclasses.replace(leaf, path=f"{piece.path}/{leaf.path}"))
+    return result
 
 
-def _sharded(leaf: Leaf, dtype: np.dtype, sharding: jax.sharding.Sharding) -> jax.Array:
-    shards: dict[tuple, np.ndarray] = {}  # a shard that several devices hold is read once
+def _with_initial(config: ModelConfig, params: dict, seed: int) -> dict:
+    """The parameters with what is missing initialised from the seed."""
+    loaded = flatten_dict(params, sep="/")
+    missing = [path for path in flatten_dict(abstract_params(config), sep="/") if path not in loaded]
 
-    def shard(index: Index) -> np.ndarray:
-        key = tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True))
-        if key not in shards:
-            shards[key] = leaf.read(tuple(slice(*bounds) for bounds in key)).astype(dtype, copy=False)
-        return shards[key]
+    def fill(rng: jax.Array) -> dict:  # only what is missing is ever computed
+        leaves = flatten_dict(init_params(config, rng), sep="/")
+        return {path: leaves[path] for path in missing}
 
-    return jax.make_array_from_callback(leaf.shape, sharding, shard)
-
-
-def _resampled(leaf: Leaf, found: VisionConfig, wanted: VisionConfig) -> Leaf:
-    """Position embeddings for another image size: bicubic over the grid, the class token's kept (HF's DINOv2)."""
-    old, new = (c.image_size // c.patch_size for c in (found, wanted))
-    special, width = int(found.class_token), leaf.shape[-1]
-    taps = _bicubic(old, new)
-
-    def read(index: Index) -> np.ndarray:
-        table = leaf.read((slice(0, leaf.shape[0]), slice(0, width))).astype(np.float32)
-        grid = table[special:].reshape(old, old, width)
-        grid = np.einsum("ia,jb,abd->ijd", taps, taps, grid, optimize=True).reshape(new * new, width)
-        return np.concatenate([table[:special], grid])[index]
-
-    return Leaf(leaf.path, (new * new + special, width), read)
-
-
-def _bicubic(old: int, new: int) -> np.ndarray:
-    """[new, old] weights of bicubic interpolation: half-pixel centres, a = -0.75, clamped borders (torch's choices)."""
-    a, weights = -0.75, np.zeros((new, old), np.float32)
-    for row in range(new):
-        centre = (row + 0.5) * old / new - 0.5
-        for tap in range(int(np.floor(centre)) - 1, int(np.floor(centre)) + 3):
-            t = abs(centre - tap)
-            inner, outer = ((a + 2) * t - (a + 3)) * t * t + 1, ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
-            weights[row, min(max(tap, 0), old - 1)] += inner if t <= 1 else outer
-    return weights
+    return unflatten_dict(loaded | jax.jit(fill)(jax.random.key(seed)), sep="/")

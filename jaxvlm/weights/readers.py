@@ -7,11 +7,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
-import ml_dtypes
 import numpy as np
 
 from jaxvlm.config import UserError
@@ -34,6 +34,13 @@ class TensorSource(Protocol):
     def read(self, name: str, index: Index = ()) -> np.ndarray: ...
 
 
+PATTERNS = ("*.safetensors", "pytorch_model*.bin", "*.pth", "*.pt", "*.bin", "*.gguf")
+PATTERNS += ("checkpoints/latest-checkpoint.pt",)  # Prismatic
+# What trainers leave beside a model and is none of it.
+ASIDE = {"training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.bin", "scheduler.pt", "rng_state.pth"}
+ASIDE |= {"adapter_model.safetensors", "adapter_model.bin", "non_lora_trainables.bin"}
+
+
 def open_source(path: str | Path) -> TensorSource:
     """Opens a checkpoint: a `.safetensors`, `.gguf`, `.pth`/`.pt`/`.bin` file, or a folder that holds one checkpoint.
 
@@ -47,9 +54,10 @@ def open_source(path: str | Path) -> TensorSource:
         raise WeightsError(f"{path} does not exist. Give a checkpoint file or the folder that holds it.")
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         if (path / index).is_file():
-            return Shards(path, indexed=json.loads((path / index).read_text())["weight_map"])
-    for pattern in ("*.safetensors", "pytorch_model*.bin", "*.pth", "*.pt", "*.bin", "*.gguf"):
-        files = sorted(path.glob(pattern))
+            return Shards(path, indexed=_weight_map(path / index))
+    for pattern in PATTERNS:
+        files = sorted(file for file in path.glob(pattern) if file.name not in ASIDE)
+        _require_all_shards(files)
         if len(files) == 1:
             return _open_file(files[0])
         if files and pattern != "*.gguf":
@@ -57,11 +65,35 @@ def open_source(path: str | Path) -> TensorSource:
         if files:
             listed = ", ".join(file.name for file in files)
             raise WeightsError(f"{path} holds several GGUF files ({listed}). Give the path of the one to use.")
-    held = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing"
+    held = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing, it is empty"
     raise WeightsError(
         f"{path} holds no weights (looked for *.safetensors, *.bin, *.pth, *.pt, *.gguf; found {held}). "
         "If it was cloned from a model hub, the large files may not have been downloaded."
     )
+
+
+def _require_all_shards(files: list[Path]) -> None:
+    """Files that count themselves, 'model-00001-of-00003', must all be there."""
+    for file in files:
+        if found := re.search(r"-(\d+)-of-(\d+)(?=\.)", file.name):
+            width, count = len(found[1]), int(found[2])
+            wanted = [file.name.replace(found[0], f"-{n:0{width}d}-of-{found[2]}") for n in range(1, count + 1)]
+            lost = [name for name in wanted if not (file.parent / name).is_file()]
+            if lost:
+                raise WeightsError(
+                    f"{file.parent}: {len(lost)} of {count} files are missing: {', '.join(lost)}. Download them."
+                )
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """{tensor: the file it is in} of an index file."""
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not all(isinstance(file, str) and Path(file).name == file for file in weight_map.values()):
+            raise ValueError("a file in it is not in this folder")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{index} is not an index of weight files ({error!r}). Download it again.") from error
+    return weight_map
 
 
 def _open_file(path: Path) -> TensorSource:
@@ -74,55 +106,14 @@ def _open_file(path: Path) -> TensorSource:
 
         return GGUFFile(path)
     if path.suffix == ".safetensors":
+        from jaxvlm.weights.safetensors_file import SafetensorsFile
+
         return SafetensorsFile(path)
     if path.suffix in (".pth", ".pt", ".bin"):
         from jaxvlm.weights.torch_file import TorchFile
 
         return TorchFile(path)
     raise WeightsError(f"{path}: '{path.suffix}' is not a known format. Use .safetensors, .gguf, .pth, .pt or .bin.")
-
-
-class SafetensorsFile:
-    """One `.safetensors` file."""
-
-    DTYPES = {
-        "F64": "f8",
-        "F32": "f4",
-        "F16": "f2",
-        "BF16": ml_dtypes.bfloat16,
-        "I64": "i8",
-        "I32": "i4",
-        "I16": "i2",
-    }
-    DTYPES |= {
-        "I8": "i1",
-        "U8": "u1",
-        "BOOL": "?",
-        "F8_E4M3": ml_dtypes.float8_e4m3fn,
-        "F8_E5M2": ml_dtypes.float8_e5m2,
-    }
-
-    def __init__(self, path: Path):
-        from safetensors import SafetensorError, safe_open
-
-        self.path = path
-        try:
-            self._file = safe_open(path, framework="numpy")
-        except SafetensorError as error:
-            raise WeightsError(f"{path} is not a complete safetensors file ({error}). Download it again.") from error
-        self._names = list(self._file.keys())
-
-    def names(self) -> list[str]:
-        return self._names
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._file.get_slice(name).get_shape())
-
-    def dtype(self, name: str) -> np.dtype:
-        return np.dtype(self.DTYPES[self._file.get_slice(name).get_dtype()])
-
-    def read(self, name: str, index: Index = ()) -> np.ndarray:
-        return np.asarray(self._file.get_slice(name)[index or ...])
 
 
 class Shards:

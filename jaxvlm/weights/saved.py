@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from orbax.checkpoint import v1 as ocp
 
 import jaxvlm
 from jaxvlm.config import ConfigError, ModelConfig, PromptConfig, UserError, build, to_dict
+from jaxvlm.weights.build import Dtype, dtype_of
 
 MANIFEST = "manifest.json"
 
@@ -47,13 +50,17 @@ def save_model(directory: Path, params: dict, model: ModelConfig, prompt: Prompt
 
 
 def load_model(
-    directory: Path, shardings: Callable[[ModelConfig], dict] | None = None
+    directory: Path,
+    shardings: Callable[[ModelConfig], dict] | None = None,
+    dtype: Dtype | None = None,
+    part: str = "",
 ) -> tuple[dict, ModelConfig, PromptConfig, dict]:
     """Reads what `save_model` wrote: (params, model, prompt, manifest).
 
     `directory` may be the model folder or the run that holds it. `shardings` gives a tree of shardings for the model's
-    configuration; without it everything goes to the first device, wherever it was saved from. Raises `CheckpointError`
-    when there is no model, or not one that this version can read.
+    configuration; without it everything goes to the first device, wherever it was saved from. `dtype` is one dtype, a
+    function of the parameter's path, or None for the stored ones. Of a `part`, only the parameters of that are read.
+    Raises `CheckpointError` when there is no model, or not one that this version can read.
     """
     directory = Path(directory)
     if not (directory / MANIFEST).is_file() and (directory / "model" / MANIFEST).is_file():
@@ -70,12 +77,51 @@ def load_model(
         prompt = build(PromptConfig, manifest["prompt"] | {"tokenizer": str(directory / "tokenizer")}, "prompt")
     except ConfigError as error:
         raise CheckpointError(f"{path} does not fit this version of jaxvlm ({jaxvlm.__version__}): {error}") from error
-    folder = (directory / "params").absolute()
+    return _load_params(directory / "params", shardings and shardings(model), dtype, part), model, prompt, manifest
+
+
+def _load_params(folder: Path, shardings: dict | None, dtype: Dtype | None, part: str) -> dict:
+    folder = folder.absolute()
     stored = ocp.metadata(folder).metadata
+    if part:
+        stored = {part: stored[part]}
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    placed = shardings(model) if shardings else jax.tree.map(lambda _: here, stored)
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), stored, placed)
-    return ocp.load(folder, abstract), model, prompt, manifest
+    placed = jax.tree.map(lambda _: here, stored) if shardings is None else {key: shardings[key] for key in stored}
+
+    def abstract(path, leaf, sharding) -> jax.ShapeDtypeStruct:
+        kind = leaf.dtype if dtype is None else dtype_of(dtype, "/".join(key.key for key in path))
+        return jax.ShapeDtypeStruct(leaf.shape, kind, sharding=sharding)
+
+    wanted = jax.tree_util.tree_map_with_path(abstract, stored, placed)
+    partial = ocp.options.PyTreeOptions.Loading(partial_load=True)
+    with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=partial)):
+        return ocp.load(folder, wanted)
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into that becomes `out` when all has gone well; after a failure there is nothing.
+
+    Raises `CheckpointError` if `out` is a file or holds anything.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} is not empty. Give another folder.")
+    above = existing_parent(out.absolute())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        yield work
+        work.chmod(0o755)
+        if out.exists():
+            out.rmdir()
+        os.replace(work, out)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        for folder in (out.parent, *out.parent.parents):  # those made above
+            if folder.absolute() == above or not folder.is_dir() or any(folder.iterdir()):
+                break
+            folder.rmdir()
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,13 +1,29 @@
-"""Decoders: the Llama family (Llama, Vicuna, SmolLM2, Mistral, Qwen2)."""
+"""The Llama family (Llama 1 to 3, Vicuna, SmolLM2, Mistral, Qwen2, Qwen3)."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from jaxvlm.config import LLMConfig
 from jaxvlm.weights.families.base import Family, Rule
-from jaxvlm.weights.hf_config import refuse
-from jaxvlm.weights.readers import WeightsError
+from jaxvlm.weights.families.decoder import (
+    DECODER,
+    EMBEDDING,
+    GATED_MLP,
+    HEAD,
+    OUT,
+    QK_NORM,
+    QKV,
+    UNUSED,
+    describe_activation,
+    describe_rope,
+    describe_shape,
+    describe_windows,
+    rope,
+    windows,
+)
+from jaxvlm.weights.hf_config import activation
 
 _DEFAULTS = {
     "rope_theta": 10000.0,
@@ -18,6 +34,8 @@ _DEFAULTS = {
     "hidden_size": 4096,
     "num_hidden_layers": 32,
     "num_attention_heads": 32,
+    "attention_bias": False,
+    "mlp_bias": False,
 }
 _LLAMA = {
     "vocab_size": 32000,
@@ -40,90 +58,86 @@ _QWEN2 = {
     "sliding_window": 4096,
     "use_sliding_window": False,
     "max_window_layers": 28,
+    "layer_types": None,
 }
 
 
 def configure(given: dict, folder: Path) -> LLMConfig:
     kind = given.get("model_type", "llama")
     c = LLAMA.model_types[kind] | given
-    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
-    scaling = rope.get("rope_type", rope.get("type", "default"))
-    if scaling != "default":
-        raise WeightsError(
-            f"{folder}: RoPE scaling of type '{scaling}' is not supported; the positions would be wrong."
-        )
-    refuse(folder, c, attention_bias=True, mlp_bias=True)
-    if c["hidden_act"] != "silu":
-        raise WeightsError(f"{folder}: hidden_act '{c['hidden_act']}' is not supported in the language model; silu is.")
-    window = c.get("sliding_window") if c.get("use_sliding_window", True) else None
-    if window and 0 < c.get("max_window_layers", 0) < c["num_hidden_layers"]:
-        raise WeightsError(f"{folder}: layers with and without a sliding window in one model are not supported.")
-    if window and c.get("max_window_layers", 0) >= c["num_hidden_layers"]:
-        window = None  # Qwen2 counts the layers *without* a window
     heads = c["num_attention_heads"]
+    head_dim = c["head_dim"] or c["hidden_size"] // heads
     return LLMConfig(
         vocab_size=c["vocab_size"],
         width=c["hidden_size"],
         depth=c["num_hidden_layers"],
         num_heads=heads,
         num_kv_heads=c["num_key_value_heads"] or heads,
-        head_dim=c["head_dim"] or c["hidden_size"] // heads,
+        head_dim=head_dim,
         mlp_dim=c["intermediate_size"],
-        rope_theta=float(rope.get("rope_theta", c["rope_theta"])),
         norm_eps=c["rms_norm_eps"],
-        qkv_bias=kind == "qwen2",
+        qk_norm=kind == "qwen3",
+        activation=activation(c["hidden_act"], folder),
+        qkv_bias=kind == "qwen2" or c["attention_bias"],
+        out_bias=kind != "qwen2" and c["attention_bias"],
+        mlp_bias=c["mlp_bias"],
         tie_embeddings=c["tie_word_embeddings"],
-        sliding_window=window,
         max_positions=c["max_position_embeddings"],
+        **rope(c, folder, dim=head_dim),
+        **_windows(c, kind, folder),
     )
 
 
-def llm_sizes(config: LLMConfig) -> dict[str, int]:
-    return {
-        "V": config.vocab_size,
-        "D": config.width,
-        "H": config.num_heads,
-        "K": config.num_kv_heads,
-        "h": config.head_dim,
-        "two": 2,
-        "half": config.head_dim // 2,
-        "F": config.mlp_dim,
-    }
+def _windows(c: dict, kind: str, folder: Path) -> dict[str, Any]:
+    if kind == "llama":
+        return {}
+    if kind == "mistral":
+        return {"sliding_window": c["sliding_window"]}
+    if not c["use_sliding_window"]:
+        return {}
+    sliding = range(c["max_window_layers"], c["num_hidden_layers"])  # Qwen counts the layers *without* a window
+    kinds = ["sliding_attention" if i in sliding else "full_attention" for i in range(c["num_hidden_layers"])]
+    return windows(c, c["layer_types"] or kinds, folder)
 
 
-DECODER = {
-    "part": "llm",
-    "sizes": llm_sizes,
-    "conditions": lambda config: {"qkv_bias": config.qkv_bias, "untied": not config.tie_embeddings},
-    "layers": lambda config: range(config.depth),
-}
-TIED = "equal to the embedding, which is used instead"
+def describe(c: LLMConfig, kind: str) -> dict[str, Any]:
+    values = describe_shape(c) | describe_rope(c)
+    values |= {"hidden_act": describe_activation(c), "rms_norm_eps": c.norm_eps}
+    if kind in ("llama", "qwen3"):
+        values["attention_bias"] = c.out_bias
+    if kind == "llama":
+        values["mlp_bias"] = c.mlp_bias
+    elif kind == "mistral":
+        values["sliding_window"] = c.sliding_window
+    else:
+        values |= describe_windows(c)
+        windowed = values["layer_types"].count("full_attention")  # where the windows begin, as older versions read it
+        values |= {"use_sliding_window": c.sliding_window is not None, "max_window_layers": windowed}
+    return values
+
 
 LLAMA = Family(
     name="llama",
-    model_types={"llama": _DEFAULTS | _LLAMA, "mistral": _DEFAULTS | _MISTRAL, "qwen2": _DEFAULTS | _QWEN2},
+    model_types={
+        "llama": _DEFAULTS | _LLAMA,
+        "mistral": _DEFAULTS | _MISTRAL,
+        "qwen2": _DEFAULTS | _QWEN2,
+        "qwen3": _DEFAULTS | _QWEN2 | {"head_dim": 128},
+    },
     configure=configure,
+    describe=describe,
     rules=(
-        Rule("embed_tokens.weight", "embed/embedding", "V D -> V D"),
+        EMBEDDING,
         Rule("layers.{i}.input_layernorm.weight", "layers/attn_norm/scale", "D -> D"),
-        Rule("layers.{i}.self_attn.q_proj.weight", "layers/attn/q/kernel", "(H h) D -> D H h"),
-        Rule("layers.{i}.self_attn.q_proj.bias", "layers/attn/q/bias", "(H h) -> H h", when="qkv_bias"),
-        Rule("layers.{i}.self_attn.k_proj.weight", "layers/attn/k/kernel", "(K h) D -> D K h"),
-        Rule("layers.{i}.self_attn.k_proj.bias", "layers/attn/k/bias", "(K h) -> K h", when="qkv_bias"),
-        Rule("layers.{i}.self_attn.v_proj.weight", "layers/attn/v/kernel", "(K h) D -> D K h"),
-        Rule("layers.{i}.self_attn.v_proj.bias", "layers/attn/v/bias", "(K h) -> K h", when="qkv_bias"),
-        Rule("layers.{i}.self_attn.o_proj.weight", "layers/attn/o/kernel", "D (H h) -> H h D"),
+        *QKV,
+        *QK_NORM,
+        *OUT,
         Rule("layers.{i}.post_attention_layernorm.weight", "layers/mlp_norm/scale", "D -> D"),
-        Rule("layers.{i}.mlp.gate_proj.weight", "layers/mlp/gate/kernel", "F D -> D F"),
-        Rule("layers.{i}.mlp.up_proj.weight", "layers/mlp/up/kernel", "F D -> D F"),
-        Rule("layers.{i}.mlp.down_proj.weight", "layers/mlp/down/kernel", "D F -> F D"),
+        *GATED_MLP,
         Rule("norm.weight", "final_norm/scale", "D -> D"),
-        Rule("lm_head.weight", "head/kernel", "V D -> D V", when="untied"),
+        HEAD,
     ),
-    unused=(
-        (r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq", "a constant"),
-        (r"lm_head\.weight", TIED),
-    ),
+    unused=UNUSED,
     prefixes=(r"model\.",),
     **DECODER,
 )

@@ -1,68 +1,90 @@
-"""A whole LLaVA in one checkpoint: its three parts behind prefixes, which changed over the years (recipes §3.2)."""
+"""LLaVA in Hugging Face's form, and its any-resolution kin LLaVA-NeXT and LLaVA-OneVision (recipes §3.2)."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 from jaxvlm.config import ConnectorConfig, ModelConfig
 from jaxvlm.weights.families import part_family
-from jaxvlm.weights.hf_config import activation, refuse
+from jaxvlm.weights.families.base import Family, Format
+from jaxvlm.weights.families.connectors import mlp_name
+from jaxvlm.weights.hf_config import activation, image_processor, template_of
 from jaxvlm.weights.readers import WeightsError
 
-DEFAULTS = {
+_DEFAULTS = {
     "vision_feature_layer": -2,
     "vision_feature_select_strategy": "default",
     "projector_hidden_act": "gelu",
+    "multimodal_projector_bias": True,
+    "image_token_index": 32000,
 }
-# A LLaVA config without a tower or a language model means these.
-LLAVA_VISION = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "patch_size": 14,
-}
-LLAVA_VISION |= {"image_size": 336, "num_hidden_layers": 24, "num_attention_heads": 16}
-LLAVA_TEXT = {"model_type": "llama"}
+# What a config without a tower or a language model means.
+_CLIP = {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "patch_size": 14}
+_CLIP |= {"image_size": 336, "num_hidden_layers": 24, "num_attention_heads": 16}
+_SIGLIP = {"model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304, "patch_size": 14}
+_SIGLIP |= {"image_size": 384, "num_hidden_layers": 26, "num_attention_heads": 16}
 
-
-# (what the name starts with, what that becomes for the part's own table).
-LLAVA_PREFIXES = {
-    "vision": ((r"(model\.)?(vision_tower\.)+(vision_model\.)?", ""),),
-    "connector": (
-        (r"(model\.)?multi_modal_projector\.", ""),
-        (r"(base_model\.model\.)?(model\.)?mm_projector\.0\.", "linear_1."),  # LLaVA's own mm_projector.bin
-        (r"(base_model\.model\.)?(model\.)?mm_projector\.2\.", "linear_2."),
-        (r"(base_model\.model\.)?(model\.)?mm_projector\.(?=weight|bias)", "linear_1."),
-    ),
-    "llm": ((r"(language_model\.)?lm_head\.", "lm_head."), (r"(model\.)?language_model\.(model\.)?", "")),
+PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # LLaVA-1.6's, (height, width)
+DEFAULTS = {
+    "llava": _DEFAULTS | {"vision_config": _CLIP, "text_config": {"model_type": "llama"}},
+    "llava_next": _DEFAULTS
+    | {"vision_config": _CLIP, "text_config": {"model_type": "llama"}, "image_grid_pinpoints": PINPOINTS},
+    "llava_onevision": _DEFAULTS
+    | {
+        "vision_config": _SIGLIP,
+        "text_config": {"model_type": "qwen2"},
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+        "image_token_index": 151646,
+        "vision_aspect_ratio": "anyres_max_9",
+        "image_grid_pinpoints": [[384 * rows, 384 * columns] for rows in range(1, 7) for columns in range(1, 7)],
+    },
 }
-LLAVA_EXPORT = {
+
+# What the name starts with, in any year; what is left of it is the part's own name.
+_PREFIXES = {
+    "vision": r"(model\.)?vision_tower\.",
+    "llm": r"(model\.)?language_model\.|(?=lm_head\.)",
+}
+# As on the hub; transformers has loaded these names since 4.36, and vLLM loads no others (ecosystem §3.2).
+EXPORT_PREFIXES = {
     "vision": "vision_tower.vision_model.",
     "connector": "multi_modal_projector.",
     "llm": "language_model.",
 }
 
 
-def split_llava_name(name: str) -> tuple[str, str] | None:
-    """(part, the name in that part's table) of a tensor in a LLaVA checkpoint, or None if it belongs to no part."""
-    for part, prefixes in LLAVA_PREFIXES.items():
-        for prefix, replacement in prefixes:
-            found = re.match(prefix, name)
-            if found:
-                return part, replacement + name[found.end() :]
+def split_name(name: str) -> tuple[str, str] | None:
+    if connector := mlp_name(name):
+        return "connector", connector
+    for place, prefix in _PREFIXES.items():
+        found = re.match(prefix, name)
+        if found:
+            return place, name[found.end() :]
     return None
 
 
+def complete(given: dict) -> dict:
+    c = DEFAULTS[given["model_type"]] | {key: value for key, value in given.items() if value is not None}
+    # A tied head may be declared at either level; older files leave it out of the outer one.
+    tied = c["text_config"].get("tie_word_embeddings", c.get("tie_word_embeddings", False))
+    return c | {"text_config": {"model_type": "llama"} | c["text_config"] | {"tie_word_embeddings": tied}}
+
+
+def families(given: dict, folder: Path) -> dict[str, Family]:
+    c = complete(given)
+    return {
+        "vision": part_family("vision", c["vision_config"].get("model_type", "clip_vision_model"), folder),
+        "llm": part_family("llm", c["text_config"]["model_type"], folder),
+    }
+
+
 def configure(given: dict, folder: Path) -> ModelConfig:
-    c = DEFAULTS | given
-    refuse(folder, c, multimodal_projector_bias=False)
-    given_vision = c.get("vision_config") or LLAVA_VISION
-    vision = part_family("vision", given_vision.get("model_type", "clip_vision_model"), folder).configure(
-        given_vision, folder
-    )
-    text = LLAVA_TEXT | (c.get("text_config") or {})
+    c, tables = complete(given), families(given, folder)
+    vision = tables["vision"].configure(c["vision_config"], folder)
     layer, strategy = c["vision_feature_layer"], c["vision_feature_select_strategy"]
     layers = (layer,) if isinstance(layer, int) else tuple(layer)
     if strategy == "default" and not vision.class_token:
@@ -73,10 +95,66 @@ def configure(given: dict, folder: Path) -> ModelConfig:
     if strategy == "full" and vision.num_registers:
         raise WeightsError(f"{folder}: register tokens as visual tokens are not supported.")
     full = strategy == "full" and vision.class_token
-    # A tied head may be declared at either level; older files leave it out of the outer one.
-    tied = text.get("tie_word_embeddings", c.get("tie_word_embeddings", False))
+    # LLaVA takes hidden states, which no final norm has touched.
+    features = {"feature_layers": layers, "feature_norm": False, "feature_tokens": "cls_patch" if full else "patch"}
     return ModelConfig(
-        vision=dataclasses.replace(vision, feature_layers=layers, feature_tokens="cls_patch" if full else "patch"),
-        connector=ConnectorConfig("mlp2x_gelu", activation=activation(c["projector_hidden_act"], folder)),
-        llm=part_family("llm", text["model_type"], folder).configure(text | {"tie_word_embeddings": tied}, folder),
+        vision=dataclasses.replace(vision, **features),
+        connector=ConnectorConfig(
+            "mlp2x_gelu",
+            activation=activation(c["projector_hidden_act"], folder),
+            bias=c["multimodal_projector_bias"],
+            row_end=c["model_type"] != "llava",
+        ),
+        llm=tables["llm"].configure(c["text_config"], folder),
     )
+
+
+def prompt(given: dict, folder: Path) -> dict[str, Any]:
+    """The transform of the folder's image processor, and the template that its chat template is written after."""
+    c, values = complete(given), {"layout": "llava"}
+    if template := template_of(folder):
+        values["template"] = template
+    if c["model_type"] == "llava":
+        return values | {"transform": _single_transform(image_processor(folder))}
+    size = c["vision_config"].get("image_size", 336)
+    values |= {"transform": "anyres", "grids": grids(c["image_grid_pinpoints"], size, folder)}
+    if c["model_type"] == "llava_onevision":
+        values |= {"max_tiles": max_tiles(c["vision_aspect_ratio"], folder), "tile_several": False}
+    return values
+
+
+def grids(pinpoints: list, size: int, folder: Path) -> tuple[tuple[int, int], ...]:
+    """Resolutions (height, width) as (rows, columns) of tiles."""
+    if any(height % size or width % size for height, width in pinpoints):
+        raise WeightsError(f"{folder}: image_grid_pinpoints {pinpoints} are not whole tiles of {size} pixels.")
+    return tuple((height // size, width // size) for height, width in pinpoints)
+
+
+def max_tiles(aspect_ratio: str, folder: Path) -> int:
+    """9 of 'anyres_max_9', 0 of plain 'anyres'."""
+    found = re.fullmatch(r"anyres(_max_(\d+))?", aspect_ratio)
+    if not found:
+        raise WeightsError(f"{folder}: the image aspect ratio '{aspect_ratio}' is not supported; anyres_max_N is.")
+    return int(found[2] or 0)
+
+
+def _single_transform(processor: dict) -> str:
+    if processor.get("do_pad"):
+        return "letterbox"
+    crops = processor.get("do_center_crop", "Siglip" not in str(processor.get("image_processor_type")))
+    return "crop" if crops else "naive"
+
+
+def _is_hf(given: dict) -> bool:
+    # LLaVA's own files call themselves 'llava' too.
+    return given.get("model_type") in DEFAULTS and not any(key.startswith("mm_") for key in given)
+
+
+LLAVA_HF = Format(
+    name="llava-hf",
+    recognise=_is_hf,
+    configure=configure,
+    families=families,
+    split_name=split_name,
+    prompt=prompt,
+)

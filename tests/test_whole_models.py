@@ -1,0 +1,212 @@
+"""Whole models in every form but llava-hf's newest: each tensor of each form has its place, and the model computes the same.
+
+LLaVA's own forms are written by hand from recipes §3.1 and compared with the llava-hf form of the same weights, and
+with an oracle in torch.
+"""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from parity_log import record_parity
+from weights_helpers import TEXT, VISION, saver, tokenizer_folder
+
+from jaxvlm.infer.engine import load
+from jaxvlm.main import main
+from jaxvlm.models.vlm import abstract_params
+from jaxvlm.weights import ImportReport, WeightsError, config_from, import_model, load_any, prompt_from
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return saver(tmp_path_factory)
+
+
+def leaves(tree):
+    return {path: np.asarray(value) for path, value in flatten_dict(tree, sep="/").items()}
+
+
+def assert_same(a, b):
+    a, b = leaves(a), leaves(b)
+    assert sorted(a) == sorted(b)
+    for path in a:
+        np.testing.assert_array_equal(a[path], b[path], err_msg=path)
+
+
+def assert_complete(config, params, report, names):
+    """Every tensor of the files is mapped or unused, and the parameters are the model's."""
+    shapes = jax.tree.map(lambda leaf: leaf.shape, abstract_params(config))
+    assert jax.tree.map(lambda leaf: leaf.shape, params) == shapes
+    assert {name for name, *_ in report.mapped} | {name for name, _ in report.unused} == set(names)
+    assert {parameter for _, parameter, _ in report.mapped} == set(leaves(params))
+    assert not report.missing and not report.unmapped
+
+
+# ------------------------------------------------------------------------------------------------------ LLaVA's own form
+
+# llava-hf's names (as transformers 5.23 writes them) to LLaVA's own.
+OWN = (
+    ("multi_modal_projector.linear_1.", "model.mm_projector.0."),
+    ("multi_modal_projector.linear_2.", "model.mm_projector.2."),
+    ("language_model.lm_head.", "lm_head."),
+    ("language_model.model.", "model."),
+    ("vision_tower.", "model.vision_tower.vision_tower.vision_model."),
+    ("image_newline", "model.image_newline"),
+)
+
+
+def own_name(name):
+    return next(new + name.removeprefix(old) for old, new in OWN if name.startswith(old))
+
+
+def write_own(folder, tensors, tower, torch_file=False, **more):
+    """A folder of LLaVA's: the language model's config.json with `mm_*` entries, and tensors by their own names."""
+    folder.mkdir()
+    values = {"architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava", "mm_vision_tower": str(tower)}
+    values |= {"mm_hidden_size": VISION["hidden_size"], "mm_vision_select_layer": -2, "mm_use_im_start_end": False}
+    values |= {"mm_vision_select_feature": "patch", "rope_theta": 10000.0, "max_position_embeddings": 128}
+    (folder / "config.json").write_text(json.dumps(TEXT | values | more))
+    if torch_file:
+        torch.save({name: torch.tensor(value) for name, value in tensors.items()}, folder / "pytorch_model.bin")
+    else:
+        from safetensors.numpy import save_file
+
+        save_file(tensors, folder / "model.safetensors")
+    return tokenizer_folder(folder)
+
+
+@pytest.fixture(scope="module")
+def tower(saved, tmp_path_factory):
+    """A CLIP folder with the tower of the llava-hf model."""
+    from safetensors.numpy import save_file
+
+    folder, tensors = tmp_path_factory.mktemp("tower"), saved("llava")[1]
+    save_file(
+        {n.removeprefix("vision_tower."): t for n, t in tensors.items() if "vision" in n}, folder / "model.safetensors"
+    )
+    config = transformers.CLIPVisionConfig(**VISION).to_dict()
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def without_tower(tensors):
+    return {own_name(name): value for name, value in tensors.items() if not name.startswith("vision_tower.")}
+
+
+def test_llava_1_5_names_its_tower(saved, tower, tmp_path):
+    """The tower may be a folder that the config names, or given; when neither, one sentence says what to do."""
+    folder, tensors = saved("llava")
+    own = without_tower(tensors)
+    path = write_own(tmp_path / "own", own, tower, mm_projector_type="mlp2x_gelu", image_aspect_ratio="pad")
+    report = ImportReport()
+    config, params = import_model(path, report=report)
+    theirs, reference = import_model(folder)
+    assert config.vision == theirs.vision and config.connector == theirs.connector
+    assert config.llm.width == theirs.llm.width and config.llm.max_positions == 128
+    assert_same(params, reference)
+    names = [*own, *(n.removeprefix("vision_tower.") for n in tensors if n.startswith("vision_tower."))]
+    assert_complete(config, params, report, names)
+    prompt = prompt_from(path)
+    assert (prompt.template, prompt.transform, prompt.layout) == ("vicuna_v1", "letterbox", "llava")
+
+    values = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(values | {"mm_vision_tower": "openai/clip-vit-large-patch14-336"}))
+    assert config_from(path)[1].vision.width == 1024  # known by its name
+    with pytest.raises(WeightsError, match="names it: 'openai/clip-vit-large-patch14-336'.*--vision FOLDER"):
+        import_model(path)
+    assert_same(import_model(path, vision=str(tower))[1], reference)
+    (path / "config.json").write_text(json.dumps(values | {"mm_vision_tower": "acme/tower"}))
+    with pytest.raises(WeightsError, match="neither a folder nor one that jaxvlm knows"):
+        config_from(path)
+    assert_same(load_any(path, vision=str(tower))[2], reference)
+
+
+def test_llava_1_6_holds_its_tower(saved, tower, tmp_path):
+    folder, tensors = saved("llava_next")
+    own = {own_name(name): value for name, value in tensors.items()}
+    settings = {
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_patch_merge_type": "spatial_unpad",
+        "model_type": "llava_mistral",
+    }
+    settings |= {"image_aspect_ratio": "anyres", "image_grid_pinpoints": [[28, 56], [56, 28], [84, 28]]}
+    path = write_own(tmp_path / "own", own, tower, **settings, rms_norm_eps=1e-6, sliding_window=None)
+    report = ImportReport()
+    config, params = import_model(path, report=report)
+    theirs, reference = import_model(folder)
+    assert config.connector == theirs.connector and config.connector.row_end
+    assert_same(params, reference)
+    assert_complete(config, params, report, own)
+    prompt = prompt_from(path)
+    assert (prompt.template, prompt.transform) == ("mistral_instruct", "anyres")
+    assert prompt.grids == ((2, 1), (1, 2), (1, 3))  # LLaVA counts (width, height)
+    report = ImportReport()
+    assert_same(import_model(path, vision=str(tower), report=report)[1]["llm"], reference["llm"])
+    assert any("is used instead" in why for _, why in report.unused)
+
+
+def test_llava_1_computes_what_its_code_does(saved, tower, tmp_path):
+    """One linear layer, an old torch file; logits against CLIP, Linear and Llama put together by hand in torch."""
+    tensors = saved("llava")[1]
+    own = {n: v for n, v in without_tower(tensors).items() if ".mm_projector." not in n}
+    rng = np.random.default_rng(0)
+    own["model.mm_projector.weight"] = rng.normal(size=(32, 24), scale=0.2).astype(np.float32)
+    own["model.mm_projector.bias"] = rng.normal(size=32).astype(np.float32)
+    path = write_own(tmp_path / "own", own, tower, torch_file=True)
+    engine = load(path)
+    assert engine.config.connector.kind == "linear" and engine.prompt.transform == "crop"
+    picture = rng.integers(0, 256, (28, 28, 3), dtype=np.uint8)
+    request = {"messages": [{"role": "user", "content": "<image>\nw3 w4"}], "images": [picture]}
+
+    clip = transformers.CLIPVisionModel.from_pretrained(tower, local_files_only=True)
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT))
+    state = {n: torch.tensor(v) for n, v in own.items() if "mm_projector" not in n}
+    llama.load_state_dict(state)
+    vision = engine.config.vision
+    pixels = (picture / 255 - np.array(vision.mean)) / np.array(vision.std)
+    one = engine._prompt(request, 0)
+    with torch.no_grad():
+        hidden = clip(torch.tensor(pixels.transpose(2, 0, 1)[None]).float(), output_hidden_states=True).hidden_states
+        weight, bias = (torch.tensor(own[f"model.mm_projector.{n}"]) for n in ("weight", "bias"))
+        patches = torch.nn.functional.linear(hidden[-2][:, 1:], weight, bias)[0]
+        x = llama.get_input_embeddings()(torch.tensor(one.tokens).long())
+        x[torch.tensor(one.visual_index >= 0)] = patches
+        want = llama(inputs_embeds=x[None]).logits[0].numpy()
+    error = np.abs(engine.logits([request]).values[0, : len(want)] - want).max() / np.abs(want).max()
+    assert error <= 2e-5
+    record_parity("llava-original", "logits", error)
+
+
+def test_parts_make_a_new_model(saved, tower, tmp_path, capsys):
+    """A tower and a language model with LLaVA's stage-1 projector, and without any."""
+    tensors = saved("llava")[1]
+    llm = tmp_path / "llm"
+    llm.mkdir()
+    from safetensors.numpy import save_file
+
+    text = {n.removeprefix("language_model."): v for n, v in tensors.items() if n.startswith("language_model.")}
+    save_file(text, llm / "model.safetensors")
+    (llm / "config.json").write_text(json.dumps(TEXT | {"model_type": "llama"}))
+    tokenizer_folder(llm)
+    projector = {n: torch.tensor(v) for n, v in without_tower(tensors).items() if "mm_projector" in n}
+    torch.save({f"base_model.model.{n}": v for n, v in projector.items()}, tmp_path / "mm_projector.bin")
+
+    parts = ["--vision", str(tower), "--llm", str(llm)]
+    assert main(["import", *parts, "--connector", str(tmp_path / "mm_projector.bin"), str(tmp_path / "a")]) == 0
+    assert "initialised" not in capsys.readouterr().out
+    config, prompt, params = load_any(tmp_path / "a")
+    assert_same(params, import_model(saved("llava")[0])[1])
+    assert main(["import", *parts, str(tmp_path / "b"), "--seed", "3", "--template", "prism"]) == 0
+    assert "initialised: connector/* (mlp2x_gelu, from the seed)" in capsys.readouterr().out
+    config, prompt, made = load_any(tmp_path / "b")
+    assert prompt.template == "prism" and config.connector.kind == "mlp2x_gelu"
+    assert_same(made["llm"], params["llm"])
+    assert np.abs(made["connector"]["linear_1"]["kernel"]).max() > 0
+    assert main(["import", *parts, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "Left at initialisation, 1:\n  connector/*" in shown
