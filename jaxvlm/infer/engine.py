@@ -208,6 +208,12 @@ class Engine:
         mask = np.arange(lengths.max()) < lengths[: len(prompts), None]
         return Logits(np.asarray(values)[: len(prompts), : mask.shape[1]], mask)
 
+    def export(self, path: str | os.PathLike, format: str = "llava-hf", **options: Any) -> Path:
+        """Writes the model as a folder that other projects load; see `weights.export` for formats and options."""
+        from jaxvlm.weights import export
+
+        return export(self.params, self.config, self.prompt, path, format, **options)
+
     @property
     def fingerprint(self) -> str:
         """A digest of the config and of every bit of the parameters: answers of two models cannot be mistaken."""
