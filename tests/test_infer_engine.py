@@ -191,6 +191,13 @@ def test_evaluation_with_the_real_engine(engine, world, tmp_path):
     assert lines[0]["key"]["model"] == engine.fingerprint and len(lines) == 13
 
 
+def test_an_exported_model_is_the_same_model(engine, requests, tmp_path):
+    engine.export(tmp_path / "hf")
+    loaded = load(tmp_path / "hf")
+    ours, theirs = (each.logits(requests[:1]).values for each in (engine, loaded))
+    np.testing.assert_allclose(theirs[..., : ours.shape[-1]], ours, rtol=1e-5, atol=1e-5)
+
+
 def test_load_reads_a_saved_model_and_says_what_is_no_model(engine, requests, answers, tmp_path):
     save_model(tmp_path / "model", engine.params, engine.config, engine.prompt, {})
     loaded = load(tmp_path)

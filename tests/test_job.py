@@ -104,7 +104,7 @@ def test_report_verb(finished, capsys):
 def test_export_refuses_what_has_no_hugging_face_class(finished, tmp_path, capsys):
     hf = tmp_path / "hf"
     # The preset's linear connector has no Hugging Face class, and the refusal says so.
-    assert main(["export", "--run", str(finished), "--out", str(hf)]) == 1
+    assert main(["export", str(finished), str(hf)]) == 1
     assert "connector" in capsys.readouterr().err
     assert not hf.exists()
 
