@@ -33,6 +33,7 @@ from jaxvlm.train.metrics import StageResult, StatusLine, duration, read_metrics
 from jaxvlm.train.ridge import ridge_start
 from jaxvlm.train.state import count, describe, flat, nbytes, split
 from jaxvlm.weights import import_model, import_part
+from jaxvlm.weights.exporter import keep_adapters
 from jaxvlm.weights.saved import CheckpointError, existing_parent, save_model, write_json
 
 PARTS = ("vision", "connector", "llm")
@@ -61,6 +62,7 @@ def run(config: RunConfig, workdir: str | Path) -> dict[str, Any]:
         for number, stage in enumerate(config.stages):
             params, result = run_stage(number, stage, config, params, mesh, workdir)
             results.append(result)
+        keep_adapters(params, config.model, workdir / "adapters")
         model, params = without_adapters(config.model, params)
         save_model(workdir / "model", params, model, config.prompt, model_notes(config, results))
         print(f"\nModel saved to {workdir / 'model'}.\n")
@@ -126,7 +128,8 @@ def initial_params(config: RunConfig, mesh: Mesh) -> dict:
             require_same_model(found, config.model, config.init.model)
             return shardings
 
-        loaded = flat(import_model(config.init.model, shardings=placed_for)[1])
+        named = {"vision": config.init.vision, "llm": config.init.llm}  # parts that a checkpoint may only name
+        loaded = flat(import_model(config.init.model, shardings=placed_for, **named)[1])
     for part in PARTS:
         if path := getattr(config.init, part):
             subtree = import_part(path, part, config.model, shardings=shardings[part])

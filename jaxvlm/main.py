@@ -234,7 +234,13 @@ def export(argv: Sequence[str]) -> None:
     parser.add_argument("--dtype", default=None, choices=["float32", "bfloat16", "float16"], help="default: as it is")
     options = parser.parse_args(argv)
     from jaxvlm import weights
+    from jaxvlm.weights.exporter import copy_adapters
 
+    kept = Path(options.run) / "adapters"  # a run merges its adapters into the model that it saves
+    if options.format == "peft" and kept.is_dir():
+        copy_adapters(kept, Path(options.out), options.base)
+        print(f"Written to {options.out}.")
+        return
     model, prompt, params = weights.load_any(options.run, dtype=None)
     more = {"merge": options.merge, "base": options.base, "dtype": options.dtype}
     weights.export(params, model, prompt, options.out, options.format, **more)

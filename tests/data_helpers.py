@@ -58,27 +58,32 @@ def llama_tokenizer(folder: Path, scheme: str = "legacy", adds_bos: bool | None 
     return _save(tokenizer, config, folder)
 
 
+CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+LLAMA_3 = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+
+
 def chatml_tokenizer(folder: Path) -> Path:
-    """A folder with a SmolLM2-like tokenizer: byte-level BPE, digits apart, ChatML's tokens, no BOS of its
-    own.
-    """
+    """A folder with a SmolLM2-like tokenizer."""
+    return byte_tokenizer(folder, CHATML, "<|im_start|>", "<|im_end|>")
+
+
+def byte_tokenizer(folder: Path, specials: tuple[str, ...], bos: str, eos: str) -> Path:
+    """A folder with a tokenizer of byte-level BPE, digits apart, no BOS of its own."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer.train_from_iterator(
         CORPUS,
         trainers.BpeTrainer(
             vocab_size=400,
             show_progress=False,
-            special_tokens=specials,
+            special_tokens=list(specials),
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         ),
     )
-    config = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
-    return _save(tokenizer, config, folder)
+    return _save(tokenizer, {"bos_token": bos, "eos_token": eos, "pad_token": eos}, folder)
 
 
 def _save(tokenizer: Tokenizer, config: dict, folder: Path) -> Path:

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from data_helpers import chatml_tokenizer, llama_tokenizer, record, turns
+from data_helpers import LLAMA_3, byte_tokenizer, chatml_tokenizer, llama_tokenizer, record, turns
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,7 +20,10 @@ SYSTEM = (
 def tokenizers(tmp_path_factory):
     llama = Tokenizer(llama_tokenizer(tmp_path_factory.mktemp("llama")))
     chatml = Tokenizer(chatml_tokenizer(tmp_path_factory.mktemp("chatml")))
-    return {name: chatml if name == "chatml" else llama for name in TEMPLATES}
+    phi = byte_tokenizer(tmp_path_factory.mktemp("phi"), ("<|endoftext|>",), "<|endoftext|>", "<|endoftext|>")
+    third = Tokenizer(byte_tokenizer(tmp_path_factory.mktemp("llama3"), LLAMA_3, LLAMA_3[0], LLAMA_3[-1]))
+    others = {"chatml": chatml, "prism_phi": Tokenizer(phi), "llama_3": third, "cambrian_llama_3": third}
+    return {name: others.get(name, llama) for name in TEMPLATES}
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +131,26 @@ def test_the_other_templates_to_the_letter(llama):
     assert render(system, "llava_llama_2").text.startswith("[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n<image>\nq [/INST]")
 
 
+def test_prismatics_and_llama_3s_templates_to_the_letter():
+    two = turns("<image>\nq", "a", "r", "b")
+    sys = f"<<SYS>\n{TEMPLATES['llava_llama_2'].system}\n<</SYS>>\n\n"  # one bracket too few, as it was trained
+    rendered = render(two, "prism_llama_2", layout="prismatic").text
+    assert rendered == f"<image>[INST] {sys}q [/INST] a</s><s>[INST] r [/INST] b</s>"
+    assert (
+        render(two, "prism_mistral", layout="prismatic").text == "<image>[INST] q [/INST] a</s>[INST] r [/INST] b</s>"
+    )
+    phi = "<|endoftext|><image>Input: q\nOutput: a\n<|endoftext|>Input: r\nOutput: b\n<|endoftext|>"
+    assert render(two, "prism_phi", layout="prismatic").text == phi
+    user, model = (f"<|start_header_id|>{name}<|end_header_id|>" for name in ("user", "assistant"))
+    third = f"<|begin_of_text|>{user}\n\n<image>\nq<|eot_id|>{model}\n\na<|eot_id|>{user}\n\nr<|eot_id|>{model}\n\nb<|eot_id|>"
+    assert render(two, "llama_3").text == third
+    cambrian = render(two, "cambrian_llama_3").text
+    assert cambrian.startswith("<|begin_of_text|><|start_header_id|>system<|end_header_id|>You are Cambrian, ")
+    assert cambrian.endswith(
+        f"questions. <|eot_id|>{user}<image>\nq<|eot_id|>{model}a<|eot_id|>{user}r<|eot_id|>{model}b<|eot_id|>"
+    )
+
+
 def test_prismatic_layout_takes_the_image_out_of_the_text():
     two = turns("what <image>", " a ")
     rendered = render(two, "vicuna_v1", layout="prismatic")
@@ -146,8 +169,8 @@ def test_labels_are_the_answer_and_its_end(tokenizers, template):
     tokenizer = tokenizers[template]
     encoded = encode(record("<image>\nWhat?", "a cat", "And?", "a mat", image="x"), tokenizer, template)
     said = tokenizer.decode(encoded.tokens[encoded.weights > 0], skip_special=False)
-    end = "<|im_end|>" if template == "chatml" else "</s>"
-    assert said.replace(" ", "") == f"acat{end}amat{end}"
+    end = tokenizer.eos
+    assert said.replace(" ", "").replace("\n", "") == f"acat{end}amat{end}"
     assert stop_ids(tokenizer, template) == (tokenizer.id(end),)
     assert tokenizer.id(end) in encoded.tokens and (encoded.tokens == IMAGE_TOKEN).sum() == 1
 

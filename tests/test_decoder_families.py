@@ -17,8 +17,8 @@ from jaxvlm.config import LLMConfig, ModelConfig, RopeScalingConfig
 from jaxvlm.infer import decoding
 from jaxvlm.models.vlm import VLM, abstract_params
 from jaxvlm.weights import WeightsError, config_from, import_part, readers
-from jaxvlm.weights.exporter import _part_tensors
 from jaxvlm.weights.families import BY_MODEL_TYPE, describe_decoder
+from jaxvlm.weights.tensors_out import part_tensors
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -126,7 +126,7 @@ def test_family(name, tmp_path):
     assert max(errors) <= 2e-5
 
     family = BY_MODEL_TYPE[theirs.config.model_type]
-    exported = {tensor.name: tensor for tensor in _part_tensors(flatten_dict(params["llm"], sep="/"), family, llm)}
+    exported = {tensor.name: tensor for tensor in part_tensors(flatten_dict(params["llm"], sep="/"), family, llm)}
     saved = {family.canonical(key): value for key, value in load_file(tmp_path / "model.safetensors").items()}
     assert exported.keys() == saved.keys()
     for key, tensor in exported.items():

@@ -41,7 +41,9 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(logits, top_p):
     kept = np.isfinite(np.asarray(nucleus(logits, top_p)))
     for row, inside in zip(logits.astype(np.float64), kept, strict=True):
         probabilities = np.exp(row - row.max()) / np.exp(row - row.max()).sum()
-        assert probabilities[inside].max() == probabilities.max()  # one of the likeliest: devices flush subnormal logits
+        assert (
+            probabilities[inside].max() == probabilities.max()
+        )  # one of the likeliest: devices flush subnormal logits
         assert probabilities[inside].sum() > top_p - 1e-4  # enough,
         assert probabilities[inside].sum() - probabilities[inside].min() < top_p + 1e-4  # and no more than needed
         if not inside.all():

@@ -119,4 +119,7 @@ def test_every_verb_explains_itself(verb, capsys):
 
 def test_unfinished_run_is_named(tmp_path, capsys):
     assert main(["chat", "--run", str(tmp_path)]) == 1
-    assert "holds no jaxvlm model" in capsys.readouterr().err
+    assert f"{tmp_path} holds no weights" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text(json.dumps(dict.fromkeys(("model", "prompt", "stages", "checkpoint"))))
+    assert main(["chat", "--run", str(tmp_path)]) == 1
+    assert "has not finished training" in capsys.readouterr().err

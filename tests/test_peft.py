@@ -15,14 +15,16 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 from weights_helpers import TEXT, VISION, saver, tokenizer_folder
 
-from jaxvlm.config import LLMConfig, LoRAConfig, ModelConfig, PromptConfig
+from jaxvlm.config import ConnectorConfig, LLMConfig, LoRAConfig, ModelConfig, PromptConfig
 from jaxvlm.main import main
 from jaxvlm.models.lora import merge_lora
 from jaxvlm.models.vlm import abstract_params
 from jaxvlm.weights import ImportReport, WeightsError, export, import_model, load_any
 from jaxvlm.weights.adapters import lora_config, lora_family, read_adapters
+from jaxvlm.weights.exporter import keep_adapters
 from jaxvlm.weights.families import FAMILIES
 from jaxvlm.weights.plan import Piece, plan
+from jaxvlm.weights.saved import save_model
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -235,6 +237,25 @@ def test_export_and_back(base, tmp_path):
         load_file(plain / "model.safetensors")["language_model.model.layers.0.mlp.up_proj.weight"],
         np.asarray(import_model(base)[1]["llm"]["layers"]["mlp"]["up"]["kernel"][0]).T,
     )
+
+
+def test_the_adapters_of_a_run(base, tmp_path):
+    """A run merges them into its model and keeps them beside it; a model that has no PEFT form keeps none."""
+    config, _, params = load_any(write(tmp_path / "lora", adapters()), base=str(base))
+    run = tmp_path / "run"
+    for _ in range(2):  # a run that is taken up again writes them again
+        keep_adapters(params, config, run / "adapters")
+    plain = dataclasses.replace(config.llm, lora=LoRAConfig())
+    merged = dataclasses.replace(config, llm=plain)
+    save_model(run / "model", merge_lora(params, config.llm), merged, PromptConfig(tokenizer=str(base)), {})
+    assert main(["export", str(run), str(tmp_path / "out"), "--format", "peft", "--base", str(base)]) == 0
+    again, back = import_model(tmp_path / "out")  # the base is a folder that is there
+    assert again == config
+    assert_near(back, params)
+    linear = dataclasses.replace(config, connector=ConnectorConfig("linear"))
+    for model in (merged, linear):
+        keep_adapters(params, model, run / "none")
+    assert not (run / "none").exists()
 
 
 def test_joined_projections_share_their_first_matrix(tmp_path):

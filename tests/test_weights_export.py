@@ -142,7 +142,7 @@ def test_what_no_class_computes_is_refused_with_reasons(tmp_path):
         export({}, ModelConfig(connector=rows), tiled, tmp_path / "model")
     with pytest.raises(WeightsError, match="Use --format llava-original"):
         export({}, ModelConfig(connector=ConnectorConfig("linear")), PromptConfig(), tmp_path / "model")
-    with pytest.raises(WeightsError, match="no adapters"):
+    with pytest.raises(WeightsError, match="has no adapters"):
         export({}, ModelConfig(), PromptConfig(), tmp_path / "model", "peft")
     with pytest.raises(WeightsError, match="no export format 'gguf'"):
         export({}, ModelConfig(), PromptConfig(), tmp_path / "model", "gguf")

@@ -47,6 +47,32 @@ def assert_complete(config, params, report, names):
     assert not report.missing and not report.unmapped
 
 
+def renamed(name, era):
+    """A llava-hf tensor's name in another year (recipes §3.2), from transformers 5.23's name on disk."""
+    if era == "hub":
+        return name.replace("vision_tower.", "vision_tower.vision_model.")
+    if name.startswith("language_model.lm_head."):
+        return name.removeprefix("language_model.")
+    tower = "model.vision_tower." if era == "5.6" else "model.vision_tower.vision_model."
+    name = name.replace("language_model.model.", "model.language_model.").replace("vision_tower.", tower)
+    return name if name.startswith("model.") else f"model.{name}"
+
+
+@pytest.mark.parametrize("era", ["hub", "4.52", "5.6"])
+def test_llava_next_under_every_naming(saved, tmp_path, era):
+    from safetensors.numpy import save_file
+
+    folder, tensors = saved("llava_next")
+    save_file({renamed(name, era): value for name, value in tensors.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    report = ImportReport()
+    config, params = import_model(tmp_path, report=report)
+    assert_complete(config, params, report, [renamed(name, era) for name in tensors])
+    assert_same(params, import_model(folder)[1])
+    np.testing.assert_array_equal(params["connector"]["newline"], tensors["image_newline"])
+    assert prompt_from(tmp_path).grids == ((1, 2), (2, 1), (3, 1))  # (height, width) here
+
+
 # ------------------------------------------------------------------------------------------------------ LLaVA's own form
 
 # llava-hf's names (as transformers 5.23 writes them) to LLaVA's own.
@@ -182,6 +208,20 @@ def test_llava_1_computes_what_its_code_does(saved, tower, tmp_path):
     record_parity("llava-original", "logits", error)
 
 
+def test_llavas_first_stage(saved, tower, tmp_path):
+    """A folder with `mm_projector.bin` alone: the language model is the one that is given."""
+    tensors = saved("llava")[1]
+    projector = {n: torch.tensor(v) for n, v in without_tower(tensors).items() if "mm_projector" in n}
+    path = write_own(tmp_path / "own", {}, tower, mm_projector_type="mlp2x_gelu", _name_or_path="lmsys/vicuna-7b-v1.5")
+    (path / "model.safetensors").unlink()
+    torch.save(projector, path / "mm_projector.bin")
+    with pytest.raises(WeightsError, match="its language model but names it: 'lmsys/vicuna-7b-v1.5'.*--llm FOLDER"):
+        import_model(path)
+    whole = import_model(saved("llava")[0])[1]
+    given = write_own(tmp_path / "llm", without_tower(tensors), tower, mm_projector_type="mlp2x_gelu")
+    assert_same(import_model(path, llm=str(given))[1], whole)
+
+
 def test_parts_make_a_new_model(saved, tower, tmp_path, capsys):
     """A tower and a language model with LLaVA's stage-1 projector, and without any."""
     tensors = saved("llava")[1]
@@ -207,6 +247,12 @@ def test_parts_make_a_new_model(saved, tower, tmp_path, capsys):
     assert prompt.template == "prism" and config.connector.kind == "mlp2x_gelu"
     assert_same(made["llm"], params["llm"])
     assert np.abs(made["connector"]["linear_1"]["kernel"]).max() > 0
+    fused = ["--vision", f"{tower},{tower}", "--llm", str(llm)]
+    assert main(["import", *fused, str(tmp_path / "c")]) == 0
+    assert "fused_mlp, from the seed" in capsys.readouterr().out
+    config, _, params = load_any(tmp_path / "c")
+    assert config.vision.feature_width == 48
+    assert_same(params["vision"]["towers_1"], made["vision"])
     assert main(["import", *parts, "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert "Left at initialisation, 1:\n  connector/*" in shown

@@ -34,8 +34,8 @@ _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "ass
 
 @dataclass(frozen=True)
 class Template:
-    """The fixed text around the turns: system, then for each pair user + question + ask + lead + answer + end
-    + after.
+    """The fixed text around the turns: start, system, then for each pair user + question + ask + lead + answer
+    + end + after.
 
     `{eos}` in `end` is the tokenizer's own end-of-sequence token.
     """
@@ -52,6 +52,7 @@ class Template:
     strip: tuple[str, ...] = ()  # roles whose text loses surrounding white space
     style: str = "instruct"  # instruct | plain (the question is dropped) | bare (images in front, no newline)
     specials: tuple[str, ...] = ()  # tokens that must exist in the tokenizer
+    start: str = ""  # before everything, where the tokenizer puts no BOS there itself
 
 
 _VICUNA = Template(
@@ -64,7 +65,22 @@ _VICUNA = Template(
     system="A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions.",
 )
+_HELPFUL = (
+    "You are a helpful language and vision assistant. "
+    "You are able to understand the visual content that the user provides, "
+    "and assist the user with a variety of tasks using natural language."
+)
 _INST = Template(user="[INST] ", ask=" [/INST]", lead=" ", end=" </s>", specials=("</s>",))
+_LLAMA_3 = Template(
+    start="<|begin_of_text|>",
+    user="<|start_header_id|>user<|end_header_id|>\n\n",
+    ask="<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+    lead="",
+    end="<|eot_id|>",
+    system_format="<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
+    strip=("user", "assistant"),
+    specials=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+)
 
 
 TEMPLATES = {
@@ -80,9 +96,7 @@ TEMPLATES = {
         specials=("<s>", "</s>"),
         system_format="<<SYS>>\n{}\n<</SYS>>\n\n",
         system_inside=True,
-        system="You are a helpful language and vision assistant. "
-        "You are able to understand the visual content that the user provides, "
-        "and assist the user with a variety of tasks using natural language.",
+        system=_HELPFUL,
     ),
     "mistral_instruct": _INST,
     # Answers lose surrounding white space: tokenizers would merge it with the newline that ends the prompt.
@@ -105,6 +119,41 @@ TEMPLATES = {
         strip=("user", "assistant"),
         style="bare",
         specials=("{eos}",),
+    ),
+    # Prismatic's for chat models; the one bracket too few is in what its Llama-2 chat models were trained on.
+    "prism_llama_2": replace(
+        _INST,
+        end="</s>",
+        between="<s>",
+        specials=("<s>", "</s>"),
+        system_format="<<SYS>\n{}\n<</SYS>>\n\n",
+        system_inside=True,
+        system=_HELPFUL,
+        strip=("user", "assistant"),
+    ),
+    "prism_mistral": replace(_INST, end="</s>", strip=("user", "assistant")),
+    "prism_phi": Template(
+        start="<|endoftext|>",
+        user="Input: ",
+        ask="\nOutput:",
+        lead=" ",
+        end="\n<|endoftext|>",
+        strip=("user", "assistant"),
+        style="bare",
+        specials=("<|endoftext|>",),
+    ),
+    "llama_3": _LLAMA_3,
+    # Cambrian leaves out the empty lines, and so does its training data.
+    "cambrian_llama_3": replace(
+        _LLAMA_3,
+        user="<|start_header_id|>user<|end_header_id|>",
+        ask="<|eot_id|><|start_header_id|>assistant<|end_header_id|>",
+        system_format="<|start_header_id|>system<|end_header_id|>{}<|eot_id|>",
+        system="You are Cambrian, a highly intelligent multimodal AI trained by NYU Vision X. \n"
+        "    As a multimodal AI, you have the ability to process and analyze images. Whenever an image is present in the "
+        "conversation, very carefully examine it and consider its content when formulating your response.\n"
+        "    You should give concise responses to very simple questions, but provide thorough responses to more complex "
+        "and open-ended questions. ",
     ),
 }
 
@@ -170,6 +219,7 @@ def render(
             f"{name}: the template 'plain' holds one caption, not {len(turns)} turns; use another template."
         )
     out = _Writer()
+    out.frame(style.start)
     if layout == "prismatic":  # the patches follow BOS, and `<image>` is taken out of the text
         for role, text in turns:
             for _ in range(text.count(IMAGE_MARK) if role == "user" else 0):

@@ -221,6 +221,14 @@ def write_adapters(params: dict, model: ModelConfig, out: Path, base: str = "", 
 # -------------------------------------------------------------------------------------------------------------- merged
 
 
+def merged(base: TensorSource, adapters: Adapters, key: Callable[[str], Any]) -> Merged:
+    """`key` of a tensor's name tells which tensor it is, however it is spelt. Raises `WeightsError`."""
+    names = {key(name): name for name in base.names()}
+    if lost := [module for module in adapters.modules if key(f"{module}.weight") not in names]:
+        raise WeightsError(f"{adapters.folder}: {base.path} has no {', '.join(lost[:8])}, which the adapters are for.")
+    return Merged(base, adapters, {names[key(f"{module}.weight")]: pair for module, pair in adapters.modules.items()})
+
+
 class Merged:
     """A checkpoint with the adapters in it: every read of an adapted tensor adds its part of B A alpha / rank."""
 

@@ -1,34 +1,50 @@
-"""Planned parameters to arrays, without ever holding more on the host than the result and a slice of one tensor."""
+"""Planned parameters to arrays, a slice of one tensor at a time: the host never holds a second copy of the result.
+
+On a CPU a parameter is filled where it will stay. On an accelerator a stack of layers goes there layer by layer.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jaxvlm.weights.plan import Leaf
 from jaxvlm.weights.readers import Index, WeightsError
 
 Dtype = Any  # a dtype, a function from a parameter's path to one, or None for the file's own
 
+BLOCK = 4 * 2**20  # bytes of a file that a thread holds at once, where the file's layout allows it
+THREADS = 4
+ALIGNMENT = 64  # bytes; jax takes over host memory that starts at a multiple of it, and copies any other
+TILE = 128  # values on a side of what is transposed at a time, so that it stays in the cache
+
 
 def build(leaves: Sequence[Leaf], dtype: Dtype, shardings: Any = None) -> dict:
-    """The tree of the leaves' paths. `shardings` is a tree of at least these paths; without it, the default device."""
+    """The tree of the leaves' paths. `shardings` is a tree of at least these paths; without it, the default device.
+
+    Peak memory of the host above the result is a block for each thread; on an accelerator also one slice of one tensor
+    (a layer's, for a stack of them).
+    """
     placed = None if shardings is None else flatten_dict(shardings, sep="/")
+    here = jnp.zeros(()).sharding  # the default device
     built = {}
-    for leaf in leaves:
-        kind = leaf.dtype if dtype is None else dtype_of(dtype, leaf.path)
-        if placed is None:
-            built[leaf.path] = jax.device_put(_filled(leaf, tuple(slice(0, n) for n in leaf.shape), kind))
-        elif leaf.path not in placed:
-            raise WeightsError(f"No sharding was given for {leaf.path}.")
-        else:
-            built[leaf.path] = _sharded(leaf, kind, placed[leaf.path])
+    # One pool for all: what a thread has allocated and freed stays with it, so new threads would take more.
+    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+        for leaf in leaves:
+            kind = leaf.dtype if dtype is None else dtype_of(dtype, leaf.path)
+            if placed is not None and leaf.path not in placed:
+                raise WeightsError(f"No sharding was given for {leaf.path}.")
+            built[leaf.path] = _array(leaf, kind, here if placed is None else placed[leaf.path], pool)
     return unflatten_dict(built, sep="/")
 
 
@@ -37,47 +53,108 @@ def dtype_of(dtype: Dtype, path: str) -> np.dtype:
     return jnp.dtype(dtype(path) if is_function else dtype)
 
 
-def _sharded(leaf: Leaf, dtype: np.dtype, sharding: jax.sharding.Sharding) -> jax.Array:
+def _array(leaf: Leaf, dtype: np.dtype, sharding: Sharding, pool: ThreadPoolExecutor) -> jax.Array:
+    if leaf.stacked and not _on_host(sharding) and (of_layer := _without_layers(sharding)) is not None:
+        return _by_layers(leaf, dtype, sharding, of_layer, pool)
+    return _sharded(leaf, dtype, sharding, pool)
+
+
+def _on_host(sharding: Sharding) -> bool:
+    return all(device.platform == "cpu" for device in sharding.device_set)
+
+
+def _without_layers(sharding: Sharding) -> Sharding | None:
+    """How one layer of a stack is placed; None if the layers themselves are spread over devices."""
+    if isinstance(sharding, SingleDeviceSharding):
+        return sharding
+    if isinstance(sharding, NamedSharding) and (not sharding.spec or sharding.spec[0] is None):
+        return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    return None
+
+
+def _by_layers(
+    leaf: Leaf, dtype: np.dtype, sharding: Sharding, of_layer: Sharding, pool: ThreadPoolExecutor
+) -> jax.Array:
+    """A stack made where it belongs and filled layer by layer; the host holds one of them."""
+    stack = jnp.zeros(leaf.shape, dtype, device=sharding)
+    for number in range(leaf.shape[0]):
+
+        def read(index: Index, number: int = number) -> np.ndarray:
+            return leaf.read((slice(number, number + 1), *index))[0]
+
+        layer = _sharded(Leaf(leaf.path, leaf.shape[1:], read), dtype, of_layer, pool)
+        stack = _put(stack, layer, jnp.int32(number)).block_until_ready()
+    return stack
+
+
+@partial(jax.jit, donate_argnums=0)
+def _put(stack: jax.Array, layer: jax.Array, number: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, layer, number, 0)
+
+
+def _sharded(leaf: Leaf, dtype: np.dtype, sharding: Sharding, pool: ThreadPoolExecutor) -> jax.Array:
     shards: dict[tuple, np.ndarray] = {}  # a shard that several devices hold is read once
 
-    def shard(index: Index) -> np.ndarray:
-        key = tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True))
+    def shard(index: Index | None) -> np.ndarray:
+        key = tuple(part.indices(size)[:2] for part, size in zip(index or (), leaf.shape, strict=True))
         if key not in shards:
-            shards[key] = _filled(leaf, tuple(slice(*bounds) for bounds in key), dtype)
+            shards[key] = _filled(leaf, tuple(slice(*bounds) for bounds in key), dtype, pool)
         return shards[key]
 
     return jax.make_array_from_callback(leaf.shape, sharding, shard)
 
 
-def _filled(leaf: Leaf, index: Index, dtype: np.dtype) -> np.ndarray:
-    """A part of a parameter in memory that jax takes over without a copy on a CPU; a stack is read layer by layer."""
-    if not leaf.stacked:
-        part = leaf.read(index)
-        whole = _aligned(part.shape, dtype)
-        _copy(part, whole)
-        return whole
-    first, *rest = index
-    whole = _aligned(tuple(part.stop - part.start for part in index), dtype)
-    for layer in range(first.start, first.stop):
-        _copy(leaf.read((slice(layer, layer + 1), *rest))[0], whole[layer - first.start])
+# ---------------------------------------------------------------------------------------------------------- on the host
+
+
+def _filled(leaf: Leaf, index: Index, dtype: np.dtype, pool: ThreadPoolExecutor) -> np.ndarray:
+    """A part of a parameter, read block by block into memory that jax takes over without a copy on a CPU."""
+    whole = _empty([part.stop - part.start for part in index], dtype)
+
+    def fill(block: Index) -> None:
+        place = tuple(slice(b.start - part.start, b.stop - part.start) for b, part in zip(block, index, strict=True))
+        out, value = whole[place], leaf.read(block)
+        _copy(out[0], value[0]) if leaf.stacked else _copy(out, value)
+
+    blocks = list(_blocks(leaf, index))
+    if len(blocks) == 1:
+        fill(blocks[0])
+    else:
+        list(pool.map(fill, blocks))  # reading and copying release the lock
     return whole
 
 
-def _copy(source: np.ndarray, target: np.ndarray) -> None:
-    """target[...] = source, five times as fast where that is a transposition (2048 x 5632 in float16): in strips of the
-    last axis, whose cells share cache lines in the source.
-    """
-    if source.ndim < 2 or source.strides[-1] == source.itemsize:
-        target[...] = source
-        return
-    for start in range(0, source.shape[-1], 16):
-        target[..., start : start + 16] = source[..., start : start + 16]
+def _blocks(leaf: Leaf, index: Index) -> Iterator[Index]:
+    """The index in pieces that are quick to read, and of BLOCK bytes or less where the file's layout allows it."""
+    layers = range(index[0].start, index[0].stop) if leaf.stacked else (None,)
+    for layer in layers:
+        one = list(index) if layer is None else [slice(layer, layer + 1), *index[1:]]
+        if leaf.rows is None:
+            yield tuple(one)
+            continue
+        rows = one[leaf.rows]
+        size = math.prod(part.stop - part.start for part in one) * leaf.dtype.itemsize
+        step = max(1, (rows.stop - rows.start) * BLOCK // max(size, 1))
+        for start in range(rows.start, rows.stop, step):
+            one[leaf.rows] = slice(start, min(start + step, rows.stop))
+            yield tuple(one)
 
 
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An empty array that starts on a multiple of 64 bytes, as XLA's own buffers do."""
-    dtype = np.dtype(dtype)
+def _empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + 63, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size].view(dtype).reshape(shape)
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def _copy(out: np.ndarray, value: np.ndarray) -> None:
+    """`out[...] = value`; what is transposed in tiles, and as plain integers where the types are the same."""
+    if out.dtype == value.dtype and out.dtype.kind == "V":  # numpy holds its lock for types that are not its own
+        out, value = out.view(f"u{out.itemsize}"), value.view(f"u{value.itemsize}")
+    if value.ndim < 2 or value.size < TILE**2 or value.strides[-1] == value.itemsize:
+        out[...] = value
+        return
+    columns = max(1, TILE // math.prod(value.shape[2:]))
+    for i in range(0, value.shape[0], TILE):
+        for j in range(0, value.shape[1], columns):
+            out[i : i + TILE, j : j + columns] = value[i : i + TILE, j : j + columns]

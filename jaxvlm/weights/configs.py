@@ -9,16 +9,18 @@ from jaxvlm.config import LLMConfig, ModelConfig, PromptConfig, VisionConfig
 from jaxvlm.weights.families import BY_MODEL_TYPE, EFFICIENTNET_LITE, HINTS
 from jaxvlm.weights.families.base import Family, Format
 from jaxvlm.weights.families.blip2 import BLIP2
+from jaxvlm.weights.families.cambrian import CAMBRIAN, CAMBRIAN_MLP
 from jaxvlm.weights.families.efficientnet import efficientnet_config
 from jaxvlm.weights.families.gguf import gguf_config, gguf_family
 from jaxvlm.weights.families.known import tower_given
 from jaxvlm.weights.families.llava import LLAVA_HF
 from jaxvlm.weights.families.llava_original import LLAVA_ORIGINAL
+from jaxvlm.weights.families.prismatic import PRISMATIC
 from jaxvlm.weights.gguf_file import GGUFFile
 from jaxvlm.weights.hf_config import config_file, read_json
 from jaxvlm.weights.readers import WeightsError, open_source
 
-FORMATS: tuple[Format, ...] = (LLAVA_HF, LLAVA_ORIGINAL, BLIP2)
+FORMATS: tuple[Format, ...] = (LLAVA_HF, LLAVA_ORIGINAL, BLIP2, PRISMATIC, CAMBRIAN, CAMBRIAN_MLP)
 
 RUN = "manifest.json"  # marks a model that jaxvlm saved
 

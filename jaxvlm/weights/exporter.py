@@ -7,6 +7,8 @@ transformers itself writes today, vLLM does not (ecosystem §3.2).
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from flax.traverse_util import flatten_dict
 from jaxvlm.config import LoRAConfig, ModelConfig, PromptConfig
 from jaxvlm.models.lora import merge_lora
 from jaxvlm.weights import hf_files, llava_files
+from jaxvlm.weights.adapters import CONFIG as ADAPTER_CONFIG
 from jaxvlm.weights.adapters import write_adapters
 from jaxvlm.weights.families import describe_decoder
 from jaxvlm.weights.families.base import Family
@@ -87,29 +90,45 @@ def require_exportable(model: ModelConfig, prompt: PromptConfig, format: str) ->
     """Raises `WeightsError` saying why the form cannot hold the model, and what can."""
     if format not in FORMATS:
         raise WeightsError(f"There is no export format '{format}'; there are: {', '.join(FORMATS)}.")
-    if format == "peft":
-        if not model.llm.lora.rank:
-            raise WeightsError("The model has no adapters (llm.lora.rank = 0), so there is nothing for 'peft' to hold.")
-        if model.connector.kind != "mlp2x_gelu" or model.connector.row_end:
-            raise WeightsError(
-                "'peft' is for the adapters of a llava-hf model, and this one's connector has no class there. Keep "
-                "jaxvlm's own form, or export the merged model: --format llava-original."
-            )
-        return
-    reasons = TARGETS[format].reasons(model, prompt)
+    reasons = _peft_reasons(model) if format == "peft" else TARGETS[format].reasons(model, prompt)
     if reasons:
         others = [name for name, target in TARGETS.items() if not target.reasons(model, prompt)]
-        instead = (
-            f"Use --format {others[0]}."
-            if others
-            else (
-                "No other project computes it either: keep jaxvlm's own form, which jaxvlm chat, eval and jaxvlm.load read."
-            )
+        own = (
+            "No other project computes it either: keep jaxvlm's own form, which jaxvlm chat, eval and jaxvlm.load read."
         )
+        instead = f"Use --format {others[0]}." if others else own
         raise WeightsError(f"'{format}' cannot hold this model: {'; '.join(reasons)}. {instead}")
 
 
+def keep_adapters(params: dict, model: ModelConfig, out: Path) -> None:
+    """Writes the model's adapters in PEFT's form, anew, if it has any and they have such a form: for a run, which merges
+    them into the model that it saves.
+    """
+    if model.llm.lora.rank and not _peft_reasons(model):
+        shutil.rmtree(out, ignore_errors=True)
+        with new_folder(out) as folder:
+            write_adapters(params, model, folder)
+
+
+def copy_adapters(kept: Path, out: Path, base: str = "") -> None:
+    """What `keep_adapters` wrote, to a new folder, for the model called `base`."""
+    with new_folder(out) as folder:
+        for file in kept.iterdir():
+            shutil.copy(file, folder / file.name)
+        settings = json.loads((folder / ADAPTER_CONFIG).read_text())
+        hf_files.write(folder / ADAPTER_CONFIG, settings | {"base_model_name_or_path": base})
+
+
 # -------------------------------------------------------------------------------------------------------- what fits where
+
+
+def _peft_reasons(model: ModelConfig) -> list[str]:
+    reasons = []
+    if not model.llm.lora.rank:
+        reasons.append("it has no adapters (llm.lora.rank = 0)")
+    if model.connector.kind != "mlp2x_gelu" or model.connector.row_end or model.connector.input_norm:
+        reasons.append("the adapters are for a llava-hf model, and this one's connector has no class there")
+    return reasons
 
 
 def _common_reasons(model: ModelConfig) -> list[str]:

@@ -32,7 +32,10 @@ def image_processor(folder: Path) -> dict:
 _MARKS = (
     ("chatml", r"<\|im_start\|>"),
     ("llava_llama_2", r"\[INST\][\s\S]*<<SYS>>|<<SYS>>[\s\S]*\[INST\]"),
+    ("prism_llama_2", r"<<SYS>(?!>)"),
     ("mistral_instruct", r"\[INST\]"),
+    ("cambrian_llama_3", r"You are Cambrian"),
+    ("llama_3", r"<\|start_header_id\|>"),
     ("llava_v1", r"curious human"),
     ("vicuna_v1", r"USER: ?"),
     ("prism", r"In: "),

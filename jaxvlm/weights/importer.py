@@ -8,6 +8,7 @@ pieces become a plan (`plan.py`), so nothing is read before everything is known 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -129,24 +130,30 @@ def open_model(
 
 
 def open_parts(vision: str, llm: str, connector: str = "", report: ImportReport | None = None) -> Opened:
-    """A new model of a tower, a language model and, if there is one, the projector between them."""
-    towers, language = identify(vision), identify(llm)
-    for name, found in (("vision", towers), ("llm", language)):
-        if found.part not in (name, "model"):
-            raise WeightsError(f"--{name} {found.path} holds a '{found.part}' part, not '{name}'.")
-    parts = {
-        name: getattr(f.config, name) if f.part == "model" else f.config
-        for name, f in (("vision", towers), ("llm", language))
-    }
-    config = ModelConfig(connector=ConnectorConfig(), **parts)
-    if connector:
-        config = dataclasses.replace(config, connector=projector_config(connector))
+    """A new model of a tower (or several, with commas between their paths), a language model and, if there is one, the
+    projector between them; without one it is initialised: an MLP, for several towers Prismatic's."""
+    towers = tuple(_part(one.strip(), "vision") for one in vision.split(","))
+    fused = len(towers) > 1
+    config = ModelConfig(
+        vision=VisionConfig(kind="fused", towers=towers) if fused else towers[0],
+        connector=projector_config(connector) if connector else ConnectorConfig("fused_mlp" if fused else "mlp2x_gelu"),
+        llm=_part(llm, "llm"),
+    )
     pieces = part_pieces(vision, "vision", config)
     pieces += [connector_piece(connector, config)] if connector else []
     if report is not None and not connector:
         report.initialised.append(("connector/*", f"{config.connector.kind}, from the seed"))
-    prompt = PromptConfig(tokenizer=str(language.folder), template=template_of(language.folder) or "vicuna_v1")
+    folder = identify(llm).folder
+    prompt = PromptConfig(tokenizer=str(folder), template=template_of(folder) or "vicuna_v1")
     return Opened(config, prompt, [*pieces, *part_pieces(llm, "llm", config)], new=True)
+
+
+def _part(path: str, part: str) -> Any:
+    """The configuration of a part, from a checkpoint of it or of a whole model."""
+    found = identify(path)
+    if found.part not in (part, "model"):
+        raise WeightsError(f"--{part} {path} holds a '{found.part}' part, not '{part}'.")
+    return found.config if found.part == part else getattr(found.config, part)
 
 
 def _open_adapted(
@@ -169,33 +176,33 @@ def _open_adapted(
         )
 
     def key(name: str) -> tuple[str, str]:
-        """By which differently spelt names are told to be one tensor's."""
+        """By which differently spelt names are told to be one tensor's: its place, and the name in the table there."""
         place, rest = found.format.split_name(name) or ("", name)
         return place, found.families[place].canonical(rest) if place in found.families else rest
 
     source = lora.Overlay(key, *adapters.others, open_source(under.path))
+    prompt = _prompt(found, folder, str(under.folder))
     if merge:
-        names = {key(name): name for name in source.names()}
-        lost = [module for module in adapters.modules if key(f"{module}.weight") not in names]
-        if lost:
-            raise WeightsError(f"{folder}: {under.path} has no {', '.join(lost[:8])}, which the adapters are for.")
-        modules = {names[key(f"{module}.weight")]: pair for module, pair in adapters.modules.items()}
-        source = lora.Merged(source, adapters, modules)
-        pieces = model_pieces(found, elsewhere, source, report)
-        return Opened(found.config, _prompt(found, folder, str(under.folder)), pieces)
-    family, names = found.families["llm"], {}
-    strange = [module for module in adapters.modules if key(f"{module}.weight")[0] != "llm"]
-    keys = {key(f"{module}.weight")[1].removesuffix(".weight"): module for module in adapters.modules}
-    settings = lora.lora_config(adapters, family, found.config.llm, set(keys) | set(strange))
-    config = dataclasses.replace(found.config, llm=dataclasses.replace(found.config.llm, lora=settings))
-    for module_key, module in keys.items():
-        names |= {
-            f"{module_key}.lora_{half}.weight": name for half, name in zip("AB", adapters.modules[module], strict=True)
-        }
-    table = lora.lora_family(family, config.llm)
-    pieces = model_pieces(found._replace(config=config), elsewhere, source, report)
-    pieces.append(Piece("llm", table, config.llm, adapters.source, names))
-    return Opened(config, _prompt(found, folder, str(under.folder)), pieces)
+        source = lora.merged(source, adapters, key)
+        return Opened(found.config, prompt, model_pieces(found, elsewhere, source, report))
+    found, piece = _own_leaves(found, adapters, key)
+    return Opened(found.config, prompt, [*model_pieces(found, elsewhere, source, report), piece])
+
+
+def _own_leaves(found: Found, adapters: lora.Adapters, key: Callable[[str], tuple[str, str]]) -> tuple[Found, Piece]:
+    """The model with adapters in its configuration, and the piece that reads them."""
+    family, keys = found.families["llm"], {}
+    for module in adapters.modules:
+        place, name = key(f"{module}.weight")
+        keys[name.removesuffix(".weight") if place == "llm" else module] = module
+    llm = dataclasses.replace(found.config.llm, lora=lora.lora_config(adapters, family, found.config.llm, set(keys)))
+    names = {
+        f"{name}.lora_{half}.weight": tensor
+        for name, module in keys.items()
+        for half, tensor in zip("AB", adapters.modules[module], strict=True)
+    }
+    piece = Piece("llm", lora.lora_family(family, llm), llm, adapters.source, names)
+    return found._replace(config=dataclasses.replace(found.config, llm=llm)), piece
 
 
 def _not_whole(path: Path, part: str) -> str:

@@ -62,14 +62,15 @@ def part_pieces(path: str | Path, part: str, config: Any = None) -> list[Piece]:
     wanted = getattr(config, part) if isinstance(config, ModelConfig) and part != "connector" else config
     if part == "connector":
         return [connector_piece(path, wanted)]
-    if getattr(wanted, "kind", "") == "fused" and "," in str(path):
-        paths = str(path).split(",")
+    paths = [one.strip() for one in str(path).split(",")]
+    fused = getattr(wanted, "kind", "") == "fused"
+    if fused and (len(paths) > 1 or identify(path).part == part):
         if len(paths) != len(wanted.towers):
             raise WeightsError(
-                f"'{path}' gives {len(paths)} towers, and the model has {len(wanted.towers)}, in this order."
+                f"'{path}' gives {len(paths)} towers, and the model has {len(wanted.towers)}. Give the path of each, in "
+                "the model's order, with commas between them."
             )
-        pairs = zip(paths, wanted.towers, strict=True)
-        towers = [part_pieces(one.strip(), part, tower)[0] for one, tower in pairs]
+        towers = [part_pieces(one, part, tower)[0] for one, tower in zip(paths, wanted.towers, strict=True)]
         return [dataclasses.replace(piece, path=f"{part}/towers_{i}") for i, piece in enumerate(towers)]
     found = identify(path)
     if found.part not in (part, "model"):

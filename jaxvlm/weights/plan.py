@@ -65,8 +65,9 @@ class ImportReport:
 
 @dataclass(frozen=True)
 class Leaf:
-    """One parameter: its shape and a function that reads any part of it. A `stacked` one is best read layer by layer.
+    """One parameter: its shape and a function that reads any part of it.
 
+    A `stacked` one is best read layer by layer, and parts along its axis `rows` lie in the file one after the other.
     `dtype` is the file's.
     """
 
@@ -75,6 +76,7 @@ class Leaf:
     read: Callable[[Index], np.ndarray]
     stacked: bool = False
     dtype: np.dtype = np.dtype(np.float32)
+    rows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -217,10 +219,12 @@ def _leaf(source: TensorSource, rule: Rule, path: str, files: list[tuple[str, ..
         chosen = files[index[0]]
         return one(chosen[0], index[1:])[None] if len(chosen) == 1 else np.stack([one(c, index[1:]) for c in chosen])
 
+    file, ours = layout.parse(rule.axes)
+    rows = ours.index(file[0][:1]) if file[0][:1] in ours and rule.combine is None else None
     dtype = np.dtype(np.float32) if rule.combine is not None else source.dtype(files[0][0])
     if rule.stacked:
-        return Leaf(path, (len(files), *shape), layers, True, dtype)
-    return Leaf(path, shape, lambda index: one(files[0], index), False, dtype)
+        return Leaf(path, (len(files), *shape), layers, True, dtype, None if rows is None else rows + 1)
+    return Leaf(path, shape, lambda index: one(files[0], index), False, dtype, rows)
 
 
 def _reason(key: str, family: Family, config: Any) -> str | None:

@@ -67,8 +67,8 @@ def open_source(path: str | Path) -> TensorSource:
             raise WeightsError(f"{path} holds several GGUF files ({listed}). Give the path of the one to use.")
     held = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing, it is empty"
     raise WeightsError(
-        f"{path} holds no weights (looked for *.safetensors, *.bin, *.pth, *.pt, *.gguf; found {held}). "
-        "If it was cloned from a model hub, the large files may not have been downloaded."
+        f"{path} holds no weights (looked for *.safetensors, *.bin, *.pth, *.pt, *.gguf; found {held}), "
+        "and it holds no jaxvlm model. If it was cloned from a hub, the large files may not have been downloaded."
     )
 
 

@@ -93,8 +93,9 @@ def _load_params(folder: Path, shardings: dict | None, dtype: Dtype | None, part
         return jax.ShapeDtypeStruct(leaf.shape, kind, sharding=sharding)
 
     wanted = jax.tree_util.tree_map_with_path(abstract, stored, placed)
-    partial = ocp.options.PyTreeOptions.Loading(partial_load=True)
-    with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=partial)):
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context:
         return ocp.load(folder, wanted)
 
 

@@ -110,7 +110,7 @@ class Format:
     `split_name(name)`: (place, the name as the place's family knows it), or None for a tensor of no part.
     `prompt(given, folder)`: what the checkpoint says of `PromptConfig`; the rest keeps its defaults.
     `tower_key`: the entry of config.json that names the vision tower, where it is kept elsewhere.
-    `outside(given)`: {place: what is to be there} of the parts that such a checkpoint may leave out.
+    `outside(given)`: {part: its name} of the parts ('vision', 'llm') that such a checkpoint may leave out.
     """
 
     name: str

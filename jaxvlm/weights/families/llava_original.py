@@ -126,5 +126,6 @@ LLAVA_ORIGINAL = Format(
     split_name=split_name,
     prompt=prompt,
     tower_key="mm_vision_tower",
-    outside=lambda given: {"vision": given["mm_vision_tower"]},
+    # What the first stage leaves is a projector alone.
+    outside=lambda given: {"vision": given["mm_vision_tower"], "llm": given.get("_name_or_path", "not by name")},
 )
