@@ -33,9 +33,10 @@ HEADING = """# Models
 Written by `make models` from the registry in `jaxvlm/weights/families/` and from what the parity tests measured; do not edit.
 
 *Error* is the largest absolute difference to the reference divided by the reference's largest magnitude, in float32, on a tiny
-random model with every parameter drawn anew. The tests allow 2e-5. The reference is transformers; where it has no such model
-(marked *), it is torch code written in the test from the papers and published checkpoints. Real checkpoints of these families
-were not at hand: nothing here says that a benchmark score was reproduced.
+random model with every parameter drawn anew. The tests allow 2e-5. The reference is transformers; for what it does not have (timm's
+names, several towers, S2, the resampler, SVA, Prismatic, Cambrian, LLaVA's own form) it is torch code written in the test from the
+papers and the published checkpoints' layout. Real checkpoints of these families were not at hand: nothing here says that a benchmark
+score was reproduced. GGUF and EfficientNet are compared with other readers of the same files instead.
 
 Every tower, connector and decoder trains, alone or together: all are the same parameters under the same step. Checkpoints come as
 safetensors, torch files (read without torch and without running their pickles) or GGUF where that is said. *Export* names the forms
@@ -64,16 +65,26 @@ def page(errors: dict[tuple[str, str], float]) -> str:
         rows = [
             (f"`{kind}`", family.name, exports(part, family, kind), show(errors, MEASURED_AS.get(kind, kind), part))
             for kind, family in BY_MODEL_TYPE.items()
-            if family.part == part
+            if family.part == part and not kind.startswith("timm")
         ]
         sections.append(table(title, ("model_type", "table", "export", "error"), rows))
-        others = [family for family in FAMILIES.values() if family.part == part and not family.model_types]
-        rows = [(f"`{family.name}`", show(errors, family.name, part)) for family in others]
-        sections.append(table("", ("known by its tensors' names", "error"), rows))
+        others = [
+            family
+            for family in FAMILIES.values()
+            if family.part == part and (not family.model_types or family.name.startswith("timm"))
+        ]
+        rows = [(f"`{family.name}`", show(errors, family.name.replace("-", "_"), part)) for family in others]
+        listed = {MEASURED_AS.get(kind, kind) for kind in BY_MODEL_TYPE} | {
+            family.name.replace("-", "_") for family in others
+        }
+        rows += [(f"{name}", show(errors, name, of)) for name, of in errors if of == part and name not in listed]
+        sections.append(table("", ("read by other names, or more of the above", "error"), rows))
     rows = [(name, show(errors, name, "connector")) for name, part in errors if part == "connector"]
     sections.append(table("Connectors", ("kind", "error"), rows))
     rows = [(name, show(errors, name, part)) for name, part in errors if part in ("logits", "hidden")]
-    sections.append(table("Whole models", ("model", "error of its logits"), rows))
+    sections.append(table("Whole models", ("read from its checkpoint", "error of its logits"), rows))
+    rows = [(name, show(errors, name, part)) for name, part in errors if part == "export"]
+    sections.append(table("", ("written, and opened by transformers", "error of its logits"), rows))
     listed = ", ".join(f"`{form.name}`" for form in FORMATS)
     sections.append(
         f"Formats of whole models, recognised by content: {listed}, a jaxvlm run, and PEFT adapters on any of them.\n"
