@@ -35,8 +35,8 @@ Written by `make models` from the registry in `jaxvlm/weights/families/` and fro
 *Error* is the largest absolute difference to the reference divided by the reference's largest magnitude, in float32, on a tiny
 random model with every parameter drawn anew. The tests allow 2e-5. The reference is transformers; for what it does not have (timm's
 names, several towers, S2, the resampler, SVA, Prismatic, Cambrian, LLaVA's own form) it is torch code written in the test from the
-papers and the published checkpoints' layout. Real checkpoints of these families were not at hand: nothing here says that a benchmark
-score was reproduced. GGUF and EfficientNet are compared with other readers of the same files instead.
+papers and the published checkpoints' layout. Real checkpoints of these families were not at hand: nothing here says that a
+benchmark score was reproduced. GGUF and EfficientNet are compared with other readers of the same files instead.
 
 Every tower, connector and decoder trains, alone or together: all are the same parameters under the same step. Checkpoints come as
 safetensors, torch files (read without torch and without running their pickles) or GGUF where that is said. *Export* names the forms
