@@ -23,7 +23,7 @@ from jaxvlm.data.loader import Loader
 from jaxvlm.evals import report, runner, tasks
 from jaxvlm.infer.engine import Engine
 from jaxvlm.models.lora import merge_lora
-from jaxvlm.models.vlm import abstract_params, init_params, logical_axes
+from jaxvlm.models.vlm import abstract_params, logical_axes
 from jaxvlm.parallel.mesh import make_mesh
 from jaxvlm.parallel.rules import param_shardings
 from jaxvlm.train.features import FeatureTable, cached_features
@@ -34,6 +34,7 @@ from jaxvlm.train.ridge import ridge_start
 from jaxvlm.train.state import count, describe, flat, nbytes, split
 from jaxvlm.weights import import_model, import_part
 from jaxvlm.weights.exporter import keep_adapters
+from jaxvlm.weights.importer import with_initial
 from jaxvlm.weights.saved import CheckpointError, existing_parent, save_model, write_json
 
 PARTS = ("vision", "connector", "llm")
@@ -119,8 +120,7 @@ def resolve_assets(config: Any) -> Any:
 
 def initial_params(config: RunConfig, mesh: Mesh) -> dict:
     """Parameters from the paths of `config.init`, the rest initialised from the seed, all in their final sharding."""
-    abstract = abstract_params(config.model)
-    shardings = param_shardings(logical_axes(config.model), abstract, mesh)
+    shardings = param_shardings(logical_axes(config.model), abstract_params(config.model), mesh)
     loaded: dict[str, Any] = {}
     if config.init.model:
 
@@ -134,15 +134,7 @@ def initial_params(config: RunConfig, mesh: Mesh) -> dict:
         if path := getattr(config.init, part):
             subtree = import_part(path, part, config.model, shardings=shardings[part])
             loaded |= {f"{part}/{name}": leaf for name, leaf in flat(subtree).items()}
-    wanted, placed = flat(abstract), flat(shardings)
-    missing = {path: placed[path] for path in wanted if path not in loaded}
-
-    def fill(rng):  # only what is missing is ever computed
-        leaves = flat(init_params(config.model, rng))
-        return {path: leaves[path] for path in missing}
-
-    fresh = jax.jit(fill, out_shardings=missing)(jax.random.key(config.seed))
-    return unflatten_dict({path: loaded.get(path, fresh.get(path)) for path in wanted}, sep="/")
+    return with_initial(config.model, unflatten_dict(loaded, sep="/"), config.seed, shardings)
 
 
 def require_same_model(found: ModelConfig, wanted: ModelConfig, path: str) -> None:

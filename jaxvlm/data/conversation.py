@@ -71,6 +71,14 @@ _HELPFUL = (
     "and assist the user with a variety of tasks using natural language."
 )
 _INST = Template(user="[INST] ", ask=" [/INST]", lead=" ", end=" </s>", specials=("</s>",))
+_LLAMA_2 = replace(
+    _INST,
+    between="<s>",
+    specials=("<s>", "</s>"),
+    system_format="<<SYS>>\n{}\n<</SYS>>\n\n",
+    system_inside=True,
+    system=_HELPFUL,
+)
 _LLAMA_3 = Template(
     start="<|begin_of_text|>",
     user="<|start_header_id|>user<|end_header_id|>\n\n",
@@ -90,14 +98,7 @@ TEMPLATES = {
         system="A chat between a curious human and an artificial intelligence assistant. "
         "The assistant gives helpful, detailed, and polite answers to the human's questions.",
     ),
-    "llava_llama_2": replace(
-        _INST,
-        between="<s>",
-        specials=("<s>", "</s>"),
-        system_format="<<SYS>>\n{}\n<</SYS>>\n\n",
-        system_inside=True,
-        system=_HELPFUL,
-    ),
+    "llava_llama_2": _LLAMA_2,
     "mistral_instruct": _INST,
     # Answers lose surrounding white space: tokenizers would merge it with the newline that ends the prompt.
     "chatml": Template(
@@ -122,14 +123,7 @@ TEMPLATES = {
     ),
     # Prismatic's for chat models; the one bracket too few is in what its Llama-2 chat models were trained on.
     "prism_llama_2": replace(
-        _INST,
-        end="</s>",
-        between="<s>",
-        specials=("<s>", "</s>"),
-        system_format="<<SYS>\n{}\n<</SYS>>\n\n",
-        system_inside=True,
-        system=_HELPFUL,
-        strip=("user", "assistant"),
+        _LLAMA_2, end="</s>", system_format="<<SYS>\n{}\n<</SYS>>\n\n", strip=("user", "assistant")
     ),
     "prism_mistral": replace(_INST, end="</s>", strip=("user", "assistant")),
     "prism_phi": Template(

@@ -19,10 +19,9 @@ from jaxvlm.weights.families.prismatic import PRISMATIC
 from jaxvlm.weights.gguf_file import GGUFFile
 from jaxvlm.weights.hf_config import config_file, read_json
 from jaxvlm.weights.readers import WeightsError, open_source
+from jaxvlm.weights.saved import run_folder
 
 FORMATS: tuple[Format, ...] = (LLAVA_HF, LLAVA_ORIGINAL, BLIP2, PRISMATIC, CAMBRIAN, CAMBRIAN_MLP)
-
-RUN = "manifest.json"  # marks a model that jaxvlm saved
 
 
 class Found(NamedTuple):
@@ -72,11 +71,6 @@ def identify(path: str | Path, vision: str = "") -> Found:
         f"{path} has no config.json beside it and its tensors are of no known kind (they start with "
         f"{', '.join(sorted(names)[:3])}). Put the config.json of the checkpoint into the same folder."
     )
-
-
-def run_folder(path: Path) -> Path | None:
-    """The folder of a model that jaxvlm saved, given itself or the run that holds it; None if there is none."""
-    return next((folder for folder in (path, path / "model") if (folder / RUN).is_file()), None)
 
 
 def is_run(path: Path) -> bool:

@@ -6,12 +6,11 @@ import dataclasses
 import json
 from pathlib import Path
 
-from jaxvlm.weights.configs import run_folder
 from jaxvlm.weights.hf_config import read_json
 from jaxvlm.weights.importer import Opened, open_model, open_parts, planned, read_model
 from jaxvlm.weights.plan import ImportReport
 from jaxvlm.weights.readers import WeightsError
-from jaxvlm.weights.saved import load_model, new_folder, save_model
+from jaxvlm.weights.saved import load_model, new_folder, run_folder, save_model
 
 
 def convert(

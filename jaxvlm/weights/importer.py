@@ -20,13 +20,13 @@ from jaxvlm.config import ConnectorConfig, LLMConfig, ModelConfig, PromptConfig,
 from jaxvlm.models.vlm import abstract_params, init_params
 from jaxvlm.weights import adapters as lora
 from jaxvlm.weights.build import Dtype, build
-from jaxvlm.weights.configs import Found, config_folder, identify, is_run, prompt_of, run_folder
+from jaxvlm.weights.configs import Found, config_folder, identify, is_run, prompt_of
 from jaxvlm.weights.hf_config import template_of
 from jaxvlm.weights.pieces import connector_piece, model_pieces, part_pieces, projector_config
 from jaxvlm.weights.plan import ImportReport, Leaf, Piece, plan
 from jaxvlm.weights.readers import WeightsError, open_source
 from jaxvlm.weights.resample import resampled
-from jaxvlm.weights.saved import load_model
+from jaxvlm.weights.saved import load_model, run_folder
 
 
 class Opened(NamedTuple):
@@ -235,7 +235,7 @@ def read_model(
     leaves = planned(opened.pieces, report)
     shardings = shardings(opened.config) if callable(shardings) else shardings
     params = build(leaves, dtype, shardings)
-    return _with_initial(opened.config, params, seed) if opened.new else params
+    return with_initial(opened.config, params, seed) if opened.new else params
 
 
 def planned(pieces: list[Piece], report: ImportReport | None = None) -> list[Leaf]:
@@ -253,13 +253,18 @@ def _fitted(leaves: list[Leaf], piece: Piece) -> list[Leaf]:
     return result
 
 
-def _with_initial(config: ModelConfig, params: dict, seed: int) -> dict:
-    """The parameters with what is missing initialised from the seed."""
+def with_initial(config: ModelConfig, params: dict, seed: int, shardings: dict | None = None) -> dict:
+    """The parameters with what is missing initialised from the seed, in the model's order; placed by `shardings`, a tree
+    like the result.
+    """
     loaded = flatten_dict(params, sep="/")
-    missing = [path for path in flatten_dict(abstract_params(config), sep="/") if path not in loaded]
+    wanted = flatten_dict(abstract_params(config), sep="/")
+    placed = dict.fromkeys(wanted) if shardings is None else flatten_dict(shardings, sep="/")
+    missing = {path: placed[path] for path in wanted if path not in loaded}
 
     def fill(rng: jax.Array) -> dict:  # only what is missing is ever computed
         leaves = flatten_dict(init_params(config, rng), sep="/")
         return {path: leaves[path] for path in missing}
 
-    return unflatten_dict(loaded | jax.jit(fill)(jax.random.key(seed)), sep="/")
+    fresh = jax.jit(fill, out_shardings=None if shardings is None else missing)(jax.random.key(seed))
+    return unflatten_dict({path: loaded.get(path, fresh.get(path)) for path in wanted}, sep="/")

@@ -26,6 +26,11 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be written or read; the message names the file and the fix."""
 
 
+def run_folder(path: Path) -> Path | None:
+    """The folder of a saved model, given itself or the run that holds it; None if there is none."""
+    return next((folder for folder in (path, path / "model") if (folder / MANIFEST).is_file()), None)
+
+
 def save_model(directory: Path, params: dict, model: ModelConfig, prompt: PromptConfig, extra: dict) -> None:
     """Writes a finished model: parameters, tokenizer and the manifest that says how to use them."""
     directory = Path(directory)
@@ -62,9 +67,7 @@ def load_model(
     function of the parameter's path, or None for the stored ones. Of a `part`, only the parameters of that are read.
     Raises `CheckpointError` when there is no model, or not one that this version can read.
     """
-    directory = Path(directory)
-    if not (directory / MANIFEST).is_file() and (directory / "model" / MANIFEST).is_file():
-        directory = directory / "model"
+    directory = run_folder(Path(directory)) or Path(directory)
     path = directory / MANIFEST
     if not path.is_file():
         state = "has not finished training" if (directory / "config.json").is_file() else "holds no jaxvlm model"
