@@ -26,10 +26,11 @@ from jaxvlm.models.lora import merge_lora
 from jaxvlm.models.vlm import abstract_params, logical_axes
 from jaxvlm.parallel.mesh import make_mesh
 from jaxvlm.parallel.rules import param_shardings
+from jaxvlm.progress import StatusLine, duration
 from jaxvlm.train.features import FeatureTable, cached_features
 from jaxvlm.train.flops import peak_flops
 from jaxvlm.train.loop import train_stage
-from jaxvlm.train.metrics import StageResult, StatusLine, duration, read_metrics
+from jaxvlm.train.metrics import StageResult, read_metrics
 from jaxvlm.train.ridge import ridge_start
 from jaxvlm.train.state import count, describe, flat, nbytes, split
 from jaxvlm.weights import import_model, import_part

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import math
 from collections.abc import Sequence
@@ -12,16 +10,15 @@ from html import escape
 from PIL import Image, ImageOps
 
 from jaxvlm.config import ModelConfig, build
+from jaxvlm.html import axis_ticks, document, percent, picture, table
+from jaxvlm.progress import duration
 
-SECURITY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 600, 280, 52, 40, 14, 14  # of a loss curve, in SVG units
 POINTS = 300  # a curve with more steps is drawn through the means of this many groups of steps
-THUMBNAIL = 480  # pixels
 
 
 def render(report: dict, metrics: Sequence[dict], config: dict) -> str:
     """The page as HTML. Raises nothing for a missing sample image: the card says that it is gone."""
-    title = escape(report["name"] or "run")
     sections = [
         _header(report),
         _results(report),
@@ -29,14 +26,7 @@ def render(report: dict, metrics: Sequence[dict], config: dict) -> str:
         _training(report["stages"], metrics),
         _run(report, config),
     ]
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title} - jaxvlm report</title>\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{SECURITY}">\n'
-        f'<meta name="color-scheme" content="light dark">\n<style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n'
-        + "\n".join(section for section in sections if section)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    return document(f"{report['name'] or 'run'} - jaxvlm report", sections, STYLE)
 
 
 # ------------------------------------------------------------------------------------------------------------- results
@@ -112,7 +102,7 @@ def _score_table(scores: dict) -> str:
         cells = [str(entry["n"]), _with_interval(entry, "sighted"), _with_interval(entry, "blind")]
         cells += [percent(entry["majority"]), percent(entry["chance"])] + ([_with_interval(entry, "gain")] * gain)
         rows.append(f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>')
-    return _table("Accuracy by question type, with 95 % intervals", heads, rows)
+    return table("Accuracy by question type, with 95 % intervals", heads, rows)
 
 
 def _with_interval(entry: dict, kind: str) -> str:
@@ -120,16 +110,6 @@ def _with_interval(entry: dict, kind: str) -> str:
         return "&ndash;"
     low, high = entry[f"{kind}_interval"]
     return f'{percent(entry[kind])} <span class="quiet">[{100 * low:.1f}, {100 * high:.1f}]</span>'
-
-
-def _table(caption: str, heads: Sequence[str], rows: Sequence[str]) -> str:
-    columns = "".join(f'<th scope="col">{head}</th>' for head in heads)
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table>'
-        f"<caption>{escape(caption)}</caption>\n<thead><tr>{columns}</tr></thead>\n<tbody>\n"
-        + "\n".join(rows)
-        + "\n</tbody></table></div>"
-    )
 
 
 # ------------------------------------------------------------------------------------------------------------- samples
@@ -149,7 +129,7 @@ def _sample(sample: dict) -> str:
     verdict, sign = ("right", "&#10003;") if sample["right"] else ("wrong", "&#10007;")
     question, answer, truth = (escape(str(sample[key])) for key in ("question", "prediction", "answer"))
     return (
-        f'<article class="card sample">{_picture(sample["image"], question)}<div><p class="question">{question}</p>\n'
+        f'<article class="card sample">{_picture(sample["image"], sample["question"])}<div><p class="question">{question}</p>\n'
         f"<dl><dt>Model</dt><dd>{answer or '<em>(nothing)</em>'}</dd><dt>Truth</dt><dd>{truth}</dd></dl>\n"
         f'<p class="verdict {verdict}">{sign} {verdict}</p></div></article>\n'
     )
@@ -163,13 +143,7 @@ def _picture(path: str | None, question: str) -> str:
         image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     except OSError:
         return '<p class="missing quiet">the image file is gone</p>'
-    tiny = max(image.size) <= 160
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    data, form = io.BytesIO(), "PNG" if tiny else "JPEG"
-    image.save(data, form, **({"optimize": True} if tiny else {"quality": 85}))
-    uri = f"data:image/{form.lower()};base64,{base64.b64encode(data.getvalue()).decode()}"
-    kind = ' class="tiny"' if tiny else ""
-    return f'<img{kind} src="{uri}" width="{image.width}" height="{image.height}" alt="Picture for: {question}">'
+    return picture(image, f"Picture for: {question}")
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -200,7 +174,7 @@ def _training(stages: Sequence[dict], metrics: Sequence[dict]) -> str:
     return (
         '<section aria-labelledby="training">\n<h2 id="training">Training</h2>\n'
         f'<div class="curves">\n{"".join(figures)}</div>\n'
-        f"{_table('Training stages; speeds are medians over the steps', heads, rows)}\n</section>"
+        f"{table('Training stages; speeds are medians over the steps', heads, rows)}\n</section>"
     )
 
 
@@ -217,7 +191,7 @@ def loss_curve(name: str, points: Sequence[tuple[int, float]]) -> str:
     points = _thin(points)
     losses = [loss for _, loss in points]
     logarithmic = min(losses) > 0 and max(losses) / min(losses) > 10
-    ticks = _log_ticks(min(losses), max(losses)) if logarithmic else _ticks(min(0.0, *losses), max(losses))
+    ticks = _log_ticks(min(losses), max(losses)) if logarithmic else axis_ticks(min(0.0, *losses), max(losses))
     scale = math.log if logarithmic else float
     low, high = (min(*losses, ticks[0]), max(*losses, ticks[-1])) if logarithmic else (ticks[0], ticks[-1])
     low, high = scale(low), scale(high)
@@ -237,7 +211,7 @@ def loss_curve(name: str, points: Sequence[tuple[int, float]]) -> str:
         f'<text x="{LEFT - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>'
         for tick in ticks
     )
-    steps = [tick for tick in _ticks(first, last, 5, whole=True) if first <= tick <= last] or [first]
+    steps = [tick for tick in axis_ticks(first, last, 5, whole=True) if first <= tick <= last] or [first]
     marks = "".join(
         f'<text x="{x(tick):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{tick:,.0f}</text>' for tick in steps
     )
@@ -269,16 +243,6 @@ def _smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
         window = points[i - near : i + near + 1]
         smooth.append((step, sum(loss for _, loss in window) / len(window)))
     return smooth
-
-
-def _ticks(low: float, high: float, count: int = 5, whole: bool = False) -> list[float]:
-    """Round numbers from at or below `low` to at or above `high`."""
-    rough = (high - low or abs(high) or 1.0) / count
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * 0.999)
-    step = max(1.0, round(step)) if whole else step
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 10) for i in range(first, max(last, first + 1) + 1)]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
@@ -325,47 +289,15 @@ def _model_facts(config: dict) -> dict[str, str]:
     }
 
 
-def duration(seconds: float) -> str:
-    """Seconds in words: '42 s', '11 min 20 s', '2 h 5 min'."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60} min"
-
-
-def percent(value: float) -> str:
-    """0.785 as '78.5 %'."""
-    return f"{100 * value:.1f}&#8239;%"
-
-
 STYLE = """
-:root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1b2230; --quiet: #5b6577; --line: #dfe3ea;
-  --track: #e9ecf2; --sighted: #2563c9; --blind: #b4620e; --majority: #6b7484; --chance: #98a1b1; --right: #16703c;
-  --right-bg: #e2f4e9; --wrong: #a8271c; --wrong-bg: #fbe7e4; }
-@media (prefers-color-scheme: dark) { :root { --page: #11151c; --card: #1a202a; --ink: #e7ebf2; --quiet: #a3adbd;
-  --line: #2e3745; --track: #2a3240; --sighted: #6ea3f7; --blind: #e5a05a; --majority: #98a3b5; --chance: #6d788b;
-  --right: #7fd6a2; --right-bg: #16351f; --wrong: #f5998f; --wrong-bg: #421d19; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI",
-  Roboto, "Helvetica Neue", Arial, sans-serif; }
-main { max-width: 1040px; margin: 0 auto; padding: 40px 24px 64px; }
-section { margin-top: 48px; }
-h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 8px; letter-spacing: -0.01em; overflow-wrap: anywhere; }
-h2 { font-size: 1.25rem; margin: 0 0 14px; }
-p { margin: 0 0 12px; max-width: 75ch; }
-.quiet { color: var(--quiet); font-size: 0.875rem; font-weight: 400; }
-.eyebrow { color: var(--sighted); font-size: 0.8rem; font-weight: 650; letter-spacing: 0.06em;
-  text-transform: uppercase; margin: 0 0 4px; }
+:root { --sighted: var(--accent); --blind: #b4620e; --majority: #6b7484; --chance: #98a1b1; }
+@media (prefers-color-scheme: dark) { :root { --blind: #e5a05a; --majority: #98a3b5; --chance: #6d788b; } }
 .headline { display: flex; flex-wrap: wrap; gap: 4px 18px; align-items: center; margin: 22px 0; max-width: none; }
 .headline strong { font-size: 3.2rem; line-height: 1; color: var(--sighted); letter-spacing: -0.02em; }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; margin: 0; padding: 16px 18px; }
 .charts, .curves, .samples { display: grid; gap: 16px; margin-bottom: 16px; }
 .charts { grid-template-columns: repeat(auto-fit, minmax(min(100%, 290px), 1fr)); }
 .curves { grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); }
 .samples { grid-template-columns: repeat(auto-fill, minmax(min(100%, 300px), 1fr)); }
-figcaption { font-weight: 600; margin-bottom: 10px; }
 .bars { list-style: none; margin: 0; padding: 0; display: grid; gap: 8px; font-size: 0.875rem; }
 .bars li { display: grid; grid-template-columns: 4.6em 1fr 4.3em; gap: 10px; align-items: center; }
 .bars b { text-align: right; font-weight: 600; font-variant-numeric: tabular-nums; }
@@ -375,13 +307,6 @@ figcaption { font-weight: 600; margin-bottom: 10px; }
 .majority .bar { background: var(--majority); } .chance .bar { background: var(--chance); }
 .whisker { position: absolute; top: 3px; height: 10px; border: solid var(--ink); border-width: 0 1.5px; }
 .whisker::after { content: ""; position: absolute; top: 4px; left: 0; right: 0; border-top: 1.5px solid var(--ink); }
-.scroll { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 10px;
-  margin-bottom: 12px; }
-table { border-collapse: collapse; width: 100%; font-size: 0.9rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; padding: 12px 18px 4px; color: var(--quiet); font-size: 0.875rem; }
-th, td { padding: 8px 18px; text-align: right; white-space: nowrap; border-top: 1px solid var(--line); }
-thead th { border-top: 0; font-weight: 600; color: var(--quiet); font-size: 0.8rem; }
-th:first-child { text-align: left; font-weight: 600; }
 .sample { display: flex; flex-direction: column; gap: 12px; padding: 0 0 14px; overflow: hidden; }
 .sample > div { padding: 0 16px; }
 .sample img, .missing { width: 100%; height: 190px; object-fit: contain; background: var(--track); margin: 0; }
@@ -392,19 +317,8 @@ th:first-child { text-align: left; font-weight: 600; }
 .sample dt { color: var(--quiet); } .sample dd { margin: 0; overflow-wrap: anywhere; }
 .verdict { display: inline-block; margin: 0; padding: 1px 10px; border-radius: 99px; font-size: 0.8rem;
   font-weight: 600; }
-.right { color: var(--right); background: var(--right-bg); }
-.wrong { color: var(--wrong); background: var(--wrong-bg); }
-svg { display: block; width: 100%; height: auto; }
-svg text { font-size: 13px; fill: var(--quiet); font-variant-numeric: tabular-nums; }
-svg path { fill: none; stroke-linejoin: round; }
-.grid { stroke: var(--line); } .raw { stroke: var(--sighted); opacity: 0.32; }
+.right { color: var(--good); background: var(--good-bg); }
+.wrong { color: var(--bad); background: var(--bad-bg); }
+.raw { stroke: var(--sighted); opacity: 0.32; }
 .smooth { stroke: var(--sighted); stroke-width: 2.2; } .end { fill: var(--sighted); }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); gap: 12px 28px;
-  margin: 0 0 18px; }
-.facts dt { color: var(--quiet); font-size: 0.8rem; } .facts dd { margin: 0; overflow-wrap: anywhere; }
-summary { cursor: pointer; font-weight: 600; }
-pre { overflow: auto; max-height: 520px; padding: 14px 18px; background: var(--card); border: 1px solid var(--line);
-  border-radius: 10px; font: 0.8rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
-:focus-visible { outline: 2px solid var(--sighted); outline-offset: 2px; }
-@media print { body { background: none; } .card, .scroll { break-inside: avoid; } details { display: none; } }
 """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import jax
 import numpy as np
 
 from jaxvlm.config import ModelConfig, StageConfig, UserError
+from jaxvlm.progress import StatusLine, duration
 from jaxvlm.train.flops import batch_flops, peak_flops, trainable_shares
 from jaxvlm.train.optimizer import schedule
 from jaxvlm.train.state import TrainState, flat
@@ -135,47 +135,6 @@ def stage_result(name: str, entries: list[dict]) -> StageResult:
     final = [entry["loss"] for entry in mine[-10:]]
     speed = sum(entry["tokens"] for entry in steady) / sum(entry["seconds"] for entry in steady)
     return StageResult(name, mine[-1]["step"], mine[0]["loss"], sum(final) / len(final), round(speed, 1))
-
-
-class StatusLine:
-    """A line that rewrites itself on a terminal, and is printed every ten seconds where there is none."""
-
-    def __init__(self, out: TextIO | None = None, every_seconds: float = 10.0):
-        self.out = out or sys.stdout
-        self.live = self.out.isatty()
-        self.every, self.shown, self.text, self.width = every_seconds, -math.inf, "", 0
-
-    def show(self, text: str) -> None:
-        self.text = text
-        if self.live:
-            self.out.write("\r" + text.ljust(self.width))
-            self.width = len(text)
-        elif time.monotonic() - self.shown >= self.every:
-            self._print()
-        self.out.flush()
-
-    def end(self) -> None:
-        """Leaves the last text standing."""
-        if self.live and self.text:
-            self.out.write("\n")
-        elif self.text:
-            self._print()
-        self.out.flush()
-        self.text, self.width = "", 0
-
-    def _print(self) -> None:
-        self.out.write(self.text + "\n")
-        self.text, self.shown = "", time.monotonic()
-
-
-def duration(seconds: float) -> str:
-    """'45 s', '3 min 05 s', '2 h 10 min'."""
-    seconds = int(round(seconds))
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60:02d} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
 
 
 def read_metrics(path: Path) -> list[dict]:
