@@ -1,7 +1,8 @@
-"""LLaVA JSON and JSONL files as random-access sequences of records.
+"""Sources: what a data set on disk is to everything that reads one, whatever its format.
 
-A record is {"id", "image": name | [names] | absent, "conversations": [{"from": "human" | "gpt", "value":
-text}, …]} (recipes §2.1). Which of the two a file is, is seen from its first character, not from its name.
+A source is a random-access sequence of LLaVA records, {"id", "image": name | [names] | absent, "conversations": [{"from":
+"human" | "gpt", "value": text}, …]} (recipes §2.1), and it knows where each record's images are. The table builder, the row
+reader, the feature cache, the evaluation readers and the `data` verbs read data through this and nothing else.
 """
 
 from __future__ import annotations
@@ -12,10 +13,64 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from stat import S_ISREG
+from typing import Protocol
 
 import numpy as np
 
+from jaxvlm.config import SourceConfig
 from jaxvlm.data import DataError
+
+
+class Source(Protocol):
+    """The records of a data set. Picklable; opens its files lazily; safe in worker processes and threads."""
+
+    path: str  # named in errors
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> dict:
+        """Record `i`. Raises `DataError` saying what is wrong with it, the line in its file included."""
+
+    def image(self, name: str) -> str | bytes:
+        """What `load_image` and `image_size` take: an absolute path, or the file's bytes."""
+
+    def image_file(self, name: str) -> str | None:
+        """The absolute path of an image that is a file; None for one that the source itself holds ('123:0')."""
+
+    def fingerprint(self) -> list:
+        """What differs when the content differs, for JSON: path, size and time of change of every file."""
+
+
+def open_source(config: SourceConfig) -> Source:
+    """The source that `config.path` is, recognised from its content.
+
+    Raises `DataError` for a file that is missing, empty, or not of a known kind.
+    """
+    return JsonSource(config)
+
+
+class JsonSource:
+    """LLaVA's JSON lists and JSONL files; the images are files in a folder."""
+
+    def __init__(self, config: SourceConfig):
+        self.path = config.path
+        self.images = config.images
+        self.records = read_records(config.path)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, i: int) -> dict:
+        return self.records[i]
+
+    def image(self, name: str) -> str:
+        return image_path(self.images, name)
+
+    image_file = image
+
+    def fingerprint(self) -> list:
+        stat = os.stat(self.path)
+        return [[os.path.abspath(self.path), stat.st_size, stat.st_mtime_ns]]
 
 
 def read_records(path: str | os.PathLike) -> Sequence[dict]:
