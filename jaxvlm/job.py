@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 import jaxvlm
 from jaxvlm.config import ConfigError, LoRAConfig, ModelConfig, RunConfig, StageConfig, build, differences, to_dict
-from jaxvlm.data import assets
+from jaxvlm.data.assets import resolve_assets
 from jaxvlm.data.loader import Loader
 from jaxvlm.evals import report, runner, tasks
 from jaxvlm.infer.engine import Engine
@@ -105,18 +105,6 @@ def opening(config: RunConfig, workdir: Path) -> str:
         lines.append(f"Expect {config.expected}.")
     lines.append(f"Everything goes to {workdir}; run the same command again to continue after an interruption.")
     return "\n".join(lines)
-
-
-def resolve_assets(config: Any) -> Any:
-    """The config with every 'asset:NAME/...' path replaced by the file it stands for, fetched when it is missing."""
-    if isinstance(config, str) and config.startswith("asset:"):
-        return str(assets.resolve(config))
-    if isinstance(config, tuple):
-        return tuple(resolve_assets(item) for item in config)
-    if dataclasses.is_dataclass(config):
-        values = {item.name: resolve_assets(getattr(config, item.name)) for item in dataclasses.fields(config)}
-        return type(config)(**values)
-    return config
 
 
 def initial_params(config: RunConfig, mesh: Mesh) -> dict:

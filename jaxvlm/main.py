@@ -31,6 +31,7 @@ Verbs (`jaxvlm VERB --help` for each):
   eval       evaluate a run, or the whole test split with --full
   import     read a checkpoint of another project and save it as a jaxvlm model
   export     write a model as a folder that transformers, vLLM, LLaVA's code or PEFT load
+  data       verify, inspect, count and convert data sets
   report     show a run's scores and make its report.html again
   doctor     what this machine has, and what to do about what is missing
 """
@@ -247,6 +248,13 @@ def export(argv: Sequence[str]) -> None:
     print(f"Written to {options.out}.")
 
 
+def data(argv: Sequence[str]) -> None:
+    """Verify, inspect, count and convert data sets."""
+    from jaxvlm.data_verbs import main as run_verb
+
+    raise SystemExit(run_verb(argv))
+
+
 def report(argv: Sequence[str]) -> None:
     """Show a run's scores and write its report.html again."""
     parser = argparse.ArgumentParser(prog="jaxvlm report", description=report.__doc__)
@@ -291,6 +299,7 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "eval": evaluate,
     "import": import_checkpoint,
     "export": export,
+    "data": data,
     "report": report,
     "doctor": doctor,
 }

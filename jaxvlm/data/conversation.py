@@ -358,7 +358,7 @@ def encode_all(
     rendered = []
     for i, record in enumerate(records):
         try:
-            rendered.append((i, _render_record(record, tokenizer, template, layout)))
+            rendered.append((i, render_record(record, template, layout, tokenizer.eos)))
         except DataError as error:
             results[i] = error
     for (i, _), encoded in zip(rendered, _tokenize([r for _, r in rendered], tokenizer), strict=True):
@@ -367,13 +367,14 @@ def encode_all(
     return results
 
 
-def _render_record(record: dict, tokenizer: Tokenizer, template: str, layout: str) -> Rendered:
+def render_record(record: dict, template: str, layout: str = "llava", eos: str | None = "</s>") -> Rendered:
+    """`render` of a LLaVA record, checked against its images. Raises `DataError` naming the record, as `encode` does."""
     if not isinstance(record, dict):
         raise DataError(f"a record must be an object with 'conversations', not {str(record)[:60]!r}.")
     name = f"record {record.get('id')!r}"
     if "conversations" not in record:
         raise DataError(f"{name} has no 'conversations'; its keys are {', '.join(map(repr, record)) or 'none'}.")
-    rendered = render(record["conversations"], template, layout=layout, eos=tokenizer.eos, name=name)
+    rendered = render(record["conversations"], template, layout=layout, eos=eos, name=name)
     images, marks = len(record_images(record)), len(rendered.image_marks)
     if marks != images:
         raise DataError(

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from jaxvlm.data import DataError
 
@@ -94,7 +94,9 @@ def _too_large(name: str, size: str) -> str:
     return f"{name}{size} has more than {limit}, which is refused as a decompression bomb. Shrink the file."
 
 
-def _unreadable(name: str, error: Exception) -> str:
+def _unreadable(name: str, error: Exception | str) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        error = "its content is of no known image type"
     return f"{name} cannot be read as an image: {error}. Replace the file or leave its records out."
 
 

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from jaxvlm.data.assets import easy_vqa, emoji, models, toy
 from jaxvlm.data.assets.download import AssetError, Package, fetch
@@ -103,6 +104,18 @@ def resolve(path: str, cache: str | Path | None = None, log: Log = print) -> Pat
     return found
 
 
+def resolve_assets(config: Any) -> Any:
+    """A config with every 'asset:NAME/...' path replaced by the file it stands for, fetched when it is missing."""
+    if isinstance(config, str) and config.startswith("asset:"):
+        return str(resolve(config))
+    if isinstance(config, tuple):
+        return tuple(resolve_assets(item) for item in config)
+    if dataclasses.is_dataclass(config):
+        values = {item.name: resolve_assets(getattr(config, item.name)) for item in dataclasses.fields(config)}
+        return type(config)(**values)
+    return config
+
+
 def _marker(name: str, asset: Asset) -> dict:
     hashes = {package.name: package.sha256 for package in asset.packages}
     return {"asset": name, "version": asset.version, "packages": hashes}
@@ -130,4 +143,4 @@ def _put(work: Path, folder: Path, name: str, asset: Asset) -> None:
             raise
 
 
-__all__ = ["ASSETS", "Asset", "AssetError", "cache_dir", "ensure", "resolve"]
+__all__ = ["ASSETS", "Asset", "AssetError", "cache_dir", "ensure", "resolve", "resolve_assets"]

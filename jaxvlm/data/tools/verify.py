@@ -1,0 +1,274 @@
+"""`jaxvlm data verify`: reads every record and decodes every image of a source before a run depends on them.
+
+Records first, then each image once however many records share it, then what that means for the records. Per record only
+hashes are kept, so that ten million of them fit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from array import array
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from jaxvlm.config import SourceConfig
+from jaxvlm.data import DataError, llava_mix
+from jaxvlm.data.conversation import record_images, render_record
+from jaxvlm.data.image import MAX_PIXELS
+from jaxvlm.data.sources import Source, open_source
+from jaxvlm.data.tools import repair
+from jaxvlm.data.tools.findings import Finding, show, some, text_table
+from jaxvlm.data.tools.images import FAULTS, Look, in_threads, look, misnamed
+from jaxvlm.progress import Progress
+
+SMALL = 14  # pixels on a side: less than one patch
+LARGE = 25_000_000  # pixels: decoding one takes most of a second
+LONG = 20  # times longer than wide: little is left of it in a square
+
+
+@dataclass
+class Verified:
+    """What was found. `bad` are the records that cannot be used, as lines of a quarantine list; `fetch` names images."""
+
+    records: int
+    bad: list[dict] = field(default_factory=list)
+    fetch: list[str] = field(default_factory=list)
+    findings: list[tuple[str, list[Finding]]] = field(default_factory=list)
+
+    @property
+    def problems(self) -> list[Finding]:
+        return [finding for _, findings in self.findings for finding in findings if finding.mark == "problem"]
+
+
+def verify(
+    config: SourceConfig,
+    *,
+    template: str = "vicuna_v1",
+    quick: bool = False,
+    workers: int | None = None,
+    out: Callable[[str], Any] = print,
+) -> Verified:
+    """Checks a source and prints what was found. With `quick` only the images' headers are read.
+
+    Raises `DataError` if the source itself cannot be opened.
+    """
+    source = open_source(config)
+    out(f"{config.path}: {len(source):,} records")
+    records = _read_records(source, template)
+    with warnings.catch_warnings():  # PIL's warnings of odd but readable files
+        warnings.simplefilter("ignore")
+        images = _Images(source, records, quick, workers or os.cpu_count() or 1)
+    reasons = dict(records.bad)
+    for number, reason, path in images.bad_records():
+        reasons.setdefault(number, (reason, path))
+    found = Verified(len(source), fetch=images.fetch)
+    for number, (reason, path) in sorted(reasons.items()):
+        place = {"source": config.name, "file": config.path, "record": number, "id": _identity(source, number)}
+        found.bad.append(place | {"reason": reason} | ({"image": path} if path else {}))
+    found.findings = [("Records", _record_findings(source, records))]
+    if len(images.looks):
+        found.findings.append(("Images", images.findings(config.images)))
+    _show_mix(records, found, out)
+    for title, findings in found.findings:
+        show(title, findings, out)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- records
+
+
+class _Records:
+    """What is kept of the records: hashes [n], and for each use of an image [m] its hash, record and place."""
+
+    def __init__(self):
+        self.ids, self.contents, self.mix = array("Q"), array("Q"), Counter()
+        self.images, self.owner, self.place = array("Q"), array("q"), array("l")
+        self.bad: dict[int, tuple[str, str]] = {}  # record -> reason, image
+        self.text_only = self.empty_answers = 0
+
+
+def _read_records(source: Source, template: str) -> _Records:
+    kept = _Records()
+    with Progress("records", len(source), "read") as progress:
+        for number in range(len(source)):
+            try:
+                _read_record(source[number], number, template, kept)
+            except DataError as error:
+                kept.bad[number] = (str(error), "")
+            if number % 256 == 255 or number == len(source) - 1:
+                progress.add(number + 1 - progress.done)
+    return kept
+
+
+def _read_record(record: Any, number: int, template: str, kept: _Records) -> None:
+    """Notes one record. Raises `DataError` if it cannot be used whatever its images are."""
+    if isinstance(record, dict):
+        images = record_images(record)
+        kept.mix[llava_mix.source_of(record)] += 1
+        kept.text_only += not images
+        if record.get("id") is not None:
+            kept.ids.append(_hash(repr(record["id"])))
+        kept.contents.append(_hash(repr((images, record.get("conversations")))))
+        for place, name in enumerate(images):
+            kept.images.append(_hash(name))
+            kept.owner.append(number)
+            kept.place.append(place)
+    rendered = render_record(record, template)
+    answers = [turn.get("value", turn.get("content")) for turn in record["conversations"][1::2]]
+    kept.empty_answers += not all(answers) and bool(rendered.spans)
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+
+
+def _identity(source: Source, number: int) -> object:
+    try:
+        record = source[number]
+    except DataError:
+        return None
+    return record.get("id") if isinstance(record, dict) else None
+
+
+def _record_findings(source: Source, kept: _Records) -> list[Finding]:
+    usable = len(source) - len(kept.bad)
+    findings = [Finding("ok", "conversations", f"{usable:,} well formed, {kept.text_only:,} of all without an image")]
+    if kept.bad:
+        shown = [f"record {number}: {reason}" for number, (reason, _) in list(kept.bad.items())[:5]]
+        more = [f"... and {len(kept.bad) - 5:,} more, in the quarantine list"] if len(kept.bad) > 5 else []
+        findings[0] = Finding("problem", "conversations", f"{len(kept.bad):,} malformed", (*shown, *more))
+    twice = _repeated(kept.contents)
+    if twice:
+        value = f"{twice:,} records repeat another one, image and text"
+        findings.append(Finding("note", "duplicates", value, ("Harmless, unless it is more than you meant.",)))
+    same = _repeated(kept.ids) - twice
+    if same > 0:
+        value = f"{same:,} records share their id with another one"
+        findings.append(Finding("note", "ids", value, ("Harmless: records are told apart by their number.",)))
+    if kept.empty_answers:
+        findings.append(Finding("note", "empty answers", f"{kept.empty_answers:,} records teach to say nothing"))
+    return findings
+
+
+def _repeated(hashes: array) -> int:
+    return len(hashes) - len(np.unique(np.frombuffer(hashes, np.uint64))) if len(hashes) else 0
+
+
+def _show_mix(kept: _Records, found: Verified, out: Callable[[str], Any]) -> None:
+    """The counts per source beside those of LLaVA's 665K file, if this looks like it."""
+    if not llava_mix.looks_like(kept.mix):
+        return
+    published = llava_mix.COUNTS
+    rows = [(name, f"{kept.mix[name]:,}", f"{count:,}") for name, count in published.items()]
+    rows.append(("all", f"{found.records:,}", f"{sum(published.values()):,}"))
+    out("\nThe sources of LLaVA's 665K mixture")
+    for line in text_table(("", "here", "published"), rows):
+        out(f"  {line}")
+    wrong = [name for name, count in published.items() if kept.mix[name] != count]
+    if not wrong:
+        finding = Finding("ok", "mixture", "every source has its published count")
+    elif abs(found.records / sum(published.values()) - 1) < 0.05:
+        advice = "The file is not the published one. If you did not change it, download it again."
+        finding = Finding("problem", "mixture", f"other counts than published: {', '.join(wrong)}", (advice,))
+    else:
+        finding = Finding("note", "mixture", "a part or a variant of it, by its counts")
+    found.findings[0][1].append(finding)
+
+
+# -------------------------------------------------------------------------------------------------------------- images
+
+
+class _Images:
+    """A look at each image once. `uses` [m] says which look belongs to each use of an image."""
+
+    def __init__(self, source: Source, records: _Records, quick: bool, workers: int):
+        self.source, self.records, self.quick = source, records, quick
+        hashes = np.frombuffer(records.images, np.uint64) if len(records.images) else np.zeros(0, np.uint64)
+        _, self.first, self.uses = np.unique(hashes, return_index=True, return_inverse=True)
+        order = np.argsort(self.first)  # read in the file's order, as they were written
+        self.looks: list[Look | None] = [None] * len(self.first)
+        self.other_types: dict[str, list[str]] = {}
+        what = "headers read" if quick else "decoded"
+        with Progress("images", len(self.first), what) as progress:
+            seen = in_threads(lambda i: (i, look(source, self.name(i), quick)), order.tolist(), workers)
+            for i, one in seen:
+                self.looks[i] = one
+                odd = one.kind and misnamed(self.name(i), one.kind)
+                if odd:
+                    self.other_types.setdefault(odd, []).append(self.name(i))
+                progress.add()
+        self.faults: dict[str, list[int]] = {fault: [] for fault in FAULTS}
+        for i in order.tolist():
+            if self.looks[i].fault:
+                self.faults[self.looks[i].fault].append(i)
+        self.fetch = [self.name(i) for fault, some in self.faults.items() if fault != "too large" for i in some]
+
+    def name(self, i: int) -> str:
+        use = self.first[i]
+        return record_images(self.source[self.records.owner[use]])[self.records.place[use]]
+
+    def bad_records(self):
+        """(record, reason, path) of every use of an image that has a fault."""
+        bad = np.asarray([look.fault != "" for look in self.looks], bool)
+        for use in np.flatnonzero(bad[self.uses]) if len(bad) else ():
+            one, number = self.looks[self.uses[use]], self.records.owner[use]
+            name = record_images(self.source[number])[self.records.place[use]]
+            yield number, one.reason, self.source.image_file(name) or name
+
+    def findings(self, folder: str) -> list[Finding]:
+        """What is wrong, fault by fault, and what is merely odd."""
+        good = sum(not look.fault for look in self.looks)
+        what = "have a readable header" if self.quick else "decode"
+        mark = "ok" if good == len(self.looks) else "problem"
+        findings = [Finding(mark, "images", f"{good:,} of {len(self.looks):,} {what}")]
+        for fault, numbers in self.faults.items():
+            if numbers:
+                findings += self._fault(fault, [self.name(i) for i in numbers], folder)
+        for odd, names in self.other_types.items():
+            value = f"{len(names):,} are {odd}: {some(names)}"
+            findings.append(
+                Finding("note", "other type", value, ("Fine as they are: the type is read from the content.",))
+            )
+        return findings + self._sizes()
+
+    def _fault(self, fault: str, names: list[str], folder: str) -> list[Finding]:
+        findings = []
+        groups = repair.by_folder(names)
+        for home, inside in list(groups.items())[:8]:
+            advice = ["Fetch them again."]
+            if fault == "missing" and folder:
+                advice = repair.missing_advice(folder, home, inside)
+            elif fault == "too large":
+                advice = ["Shrink them, or leave their records out."]
+            elif fault == "page" and home in repair.FOLDERS:
+                advice = [f"Fetch {repair.FOLDERS[home].format(images=folder)}."]
+            value = f"{len(inside):,} in {home}{FAULTS[fault]}: {some([PurePosixPath(n).name for n in inside])}"
+            findings.append(Finding("problem", fault, value, tuple(advice)))
+        rest = list(groups.values())[8:]
+        if rest:
+            findings.append(Finding("problem", fault, f"{sum(map(len, rest)):,} more in {len(rest):,} other folders"))
+        return findings
+
+    def _sizes(self) -> list[Finding]:
+        good = [i for i, look in enumerate(self.looks) if not look.fault]
+        sizes = np.asarray([self.looks[i].size for i in good], np.int64).reshape(-1, 2)
+        long, short, area = sizes.max(1, initial=1), sizes.min(1, initial=MAX_PIXELS), sizes.prod(1)
+        kinds = {
+            "tiny": (short < SMALL, f"are under {SMALL} pixels wide or high"),
+            "huge": (area > LARGE, f"have more than {LARGE // 10**6} megapixels; shrinking them speeds up training"),
+            "very long": (long > LONG * short, f"are over {LONG} times as long as wide"),
+        }
+        return [
+            Finding(
+                "note", name, f"{chosen.sum():,} {what}: {some([self.name(good[k]) for k in np.flatnonzero(chosen)])}"
+            )
+            for name, (chosen, what) in kinds.items()
+            if chosen.any()
+        ]
