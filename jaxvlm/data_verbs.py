@@ -121,6 +121,34 @@ def inspect(argv: Sequence[str]) -> int:
     return 0
 
 
+def stats(argv: Sequence[str]) -> int:
+    """Count records, tokens, supervised tokens and images per source, and how full packed rows would be."""
+    parser = _parser("stats", stats.__doc__, "Without a tokenizer lengths are in words.")
+    parser.add_argument("--random", type=int, metavar="N", help="measure N records drawn at random (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="of --random")
+    parser.add_argument("--out", metavar="DIR", help="also write stats.json and stats.html there")
+    _tokenizing(parser)
+    options, stages = _parsed(parser, argv)
+    from jaxvlm.data.sources import open_source
+    from jaxvlm.data.tools.stats import measure, summary, summary_table
+    from jaxvlm.data.tools.stats_page import stats_page
+
+    for k, stage in enumerate(stages):
+        sources = [(config, open_source(config)) for config in stage.sources]
+        measured = measure(sources, _viewer(stage), options.random, options.seed)
+        made = summary(measured, stage.prompt.length, stage.data.tiles_per_row if stage.data.packing else None)
+        print("\n" * bool(k) + f"{stage.name}: {_facts(stage)}\n\n" + "\n".join(summary_table(made)))
+        if made["unusable"]:
+            print(f"\n{made['unusable']:,} records cannot be used: `jaxvlm data verify` says why.")
+        if options.out:
+            name = "stats" if len(stages) == 1 else f"stats-{stage.name.rsplit(' ', 1)[-1]}"
+            folder = Path(options.out)
+            _write_lines(folder / f"{name}.json", [json.dumps(made, indent=1)])
+            _write_lines(folder / f"{name}.html", [stats_page(stage.name, _facts(stage), made)])
+            print(f"\nWritten to {folder / name}.json and .html")
+    return 0
+
+
 def _places(sources: list, options: argparse.Namespace) -> list[tuple[int, int]]:
     """(source, record number) of what is to be shown."""
     sizes = [len(source) for _, source in sources]
@@ -162,7 +190,7 @@ def _facts(stage: Chosen) -> str:
     """How the records are seen, in a line."""
     prompt = stage.prompt
     if not prompt.tokenizer:
-        return f"Template {prompt.template}; no tokenizer, so nothing is counted (--tokenizer, or --config)."
+        return f"Template {prompt.template}; no tokenizer (--tokenizer, or --config)."
     return f"Template {prompt.template}, images {prompt.transform}, layout {prompt.layout}, length {prompt.length:,}."
 
 
@@ -241,7 +269,7 @@ def _write_lines(path: Path, lines) -> None:
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-VERBS: dict[str, Callable[[Sequence[str]], int]] = {"verify": verify, "inspect": inspect}
+VERBS: dict[str, Callable[[Sequence[str]], int]] = {"verify": verify, "inspect": inspect, "stats": stats}
 
 
 def main(argv: Sequence[str]) -> int:
