@@ -64,10 +64,12 @@ def _sharegpt(i: int, choice: random.Random) -> tuple[None, list[str]]:
     ]
 
 
-def _short(image, thing: str):
+def _short(image, thing: str, questions: int = 1):
+    """Short answers; the questions about a picture are one conversation, of which the first asks for the form."""
+
     def make(i: int, choice: random.Random) -> tuple[str, list[str]]:
         turns = [f"<image>\nWhat colour is {thing} {i}?{SHORT}", choice.choice(["red", "blue", "green"])]
-        return image(i), turns + ["How many are there?", str(i)] * (i % 2)
+        return image(i), turns + ["How many are there?", str(i)] * (questions - 1)
 
     return make
 
@@ -98,9 +100,9 @@ def _region(image):
 _SHAPES = {
     "llava": _llava,
     "sharegpt": _sharegpt,
-    "vqav2": _short(_coco, "hat"),
-    "gqa": _short(lambda i: f"gqa/images/{2370000 + i}.jpg", "wall"),
-    "okvqa": _short(_coco, "fruit"),
+    "vqav2": _short(_coco, "hat", 3),
+    "gqa": _short(lambda i: f"gqa/images/{2370000 + i}.jpg", "wall", 4),
+    "okvqa": _short(_coco, "fruit", 2),
     "ocrvqa": _short(lambda i: f"ocr_vqa/images/{140031990 + i}.jpg", "cover"),
     "aokvqa": _letters,
     "textcaps": _caption,

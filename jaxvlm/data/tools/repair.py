@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
-# The folders of LLaVA's published files, as its README lays them out: what to fetch (recipes §2.1).
+
+class Folder(NamedTuple):
+    """A folder of LLaVA's published files: how many images a complete one has (LLaVA #702), and what to fetch."""
+
+    files: int
+    fetch: str
+
+
+# As LLaVA's README lays them out (recipes §2.1).
 FOLDERS = {
-    "coco/train2017": "COCO's train2017.zip (118,287 images, 18 GB), unpacked in {images}/coco",
-    "gqa/images": "GQA's images.zip (20 GB), unpacked in {images}/gqa",
-    "ocr_vqa/images": (
-        "OCR-VQA's images, every file saved as .jpg. Its download script follows links of which many are dead: take a "
-        "complete copy from the Hugging Face Hub, or train without these records"
+    "coco/train2017": Folder(118_287, "COCO's train2017.zip (18 GB), unpacked in {images}/coco"),
+    "gqa/images": Folder(148_854, "GQA's images.zip (20 GB), unpacked in {images}/gqa"),
+    "ocr_vqa/images": Folder(
+        207_572,
+        "OCR-VQA's images, every file named .jpg. The links that its download script follows are dead in part: take a "
+        "complete copy, such as weizhiwang/llava_v15_instruction_images on the Hugging Face Hub (LLaVA #1458)",
     ),
-    "textvqa/train_images": "TextVQA's train_val_images.zip (7 GB), unpacked in {images}/textvqa",
-    "vg/VG_100K": "Visual Genome's first part, images.zip (9 GB), unpacked in {images}/vg",
-    "vg/VG_100K_2": "Visual Genome's second part, images2.zip (5 GB), unpacked in {images}/vg",
+    "textvqa/train_images": Folder(25_119, "TextVQA's train_val_images.zip (7 GB), unpacked in {images}/textvqa"),
+    "vg/VG_100K": Folder(64_346, "Visual Genome's first part, images.zip (9 GB), unpacked in {images}/vg"),
+    "vg/VG_100K_2": Folder(43_903, "Visual Genome's second part, images2.zip (5 GB), unpacked in {images}/vg"),
 }
 ENDINGS = [form(end) for end in (".jpg", ".jpeg", ".png", ".gif", ".webp") for form in (str.lower, str.upper)]
 TWINS = {"vg/VG_100K": "vg/VG_100K_2", "vg/VG_100K_2": "vg/VG_100K"}
@@ -41,11 +52,28 @@ def missing_advice(images: str, folder: str, names: Sequence[str]) -> list[str]:
     found, advice = _in_twin(root, folder, names)
     renamed, more = _other_type(root, [name for name in names if name not in found])
     left = len(names) - len(found) - renamed
-    what = FOLDERS.get(folder, "").format(images=images) or f"them again into {home}"
     if left:
-        advice += [] if home.is_dir() else [f"There is no folder {home}.{_packed(root, folder)}"]
-        advice.append(f"Fetch {what}." if left == len(names) else f"For the other {left:,}: fetch {what}.")
-    return more + advice
+        advice += [_holds(root, folder)]
+        advice.append(
+            f"Fetch {what_to_fetch(images, folder)}." + f" That is for {left:,} of them." * (left < len(names))
+        )
+    return more + [line for line in advice if line]
+
+
+def what_to_fetch(images: str, folder: str) -> str:
+    """Where the images of a folder come from."""
+    return (
+        FOLDERS[folder].fetch.format(images=images) if folder in FOLDERS else f"them again into {Path(images, folder)}"
+    )
+
+
+def _holds(root: Path, folder: str) -> str:
+    home = root / folder
+    if not home.is_dir():
+        return f"There is no folder {home}.{_packed(root, folder)}"
+    if folder not in FOLDERS:
+        return ""
+    return f"The folder holds {sum(1 for _ in os.scandir(home)):,} files; a complete one has {FOLDERS[folder].files:,}."
 
 
 def _elsewhere(root: Path, folder: str) -> Path | None:
@@ -71,8 +99,8 @@ def _in_twin(root: Path, folder: str, names: Sequence[str]) -> tuple[set[str], l
     found = {name for name in names if twin and (root / twin / PurePosixPath(name).name).is_file()}
     if not found:
         return found, []
-    other, home = PurePosixPath(twin).name, root / folder
-    link = f"cd '{home}' && ln -s ../{other}/*.jpg ." if home.is_dir() else f"ln -s {other} '{home}'"
+    other, home = (root / twin).resolve(), root / folder
+    link = f"cp -rsn '{other}/.' '{home}'" if home.is_dir() else f"ln -s '{other}' '{home}'"
     return found, [f"In {twin}: {len(found):,} of {len(names):,}, as both parts were unpacked in one folder. {link}"]
 
 

@@ -78,7 +78,7 @@ class Viewer:
             else:
                 rendered = render_record(record, self.template, self.layout)
                 made.runs = list(_rendered_runs(rendered))
-            made.error = next((seen.reason for _, seen, _ in made.images if seen.fault), "")
+            made.error = made.error or next((seen.reason for _, seen, _ in made.images if seen.fault), "")
         except DataError as error:
             made.error, made.runs = str(error), [Run("text", _written(record), False)]
         return made

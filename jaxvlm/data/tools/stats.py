@@ -27,7 +27,7 @@ from jaxvlm.progress import Progress
 CHUNK = 512  # records tokenised in one call
 PACKED = 100_000  # records that a group's fill is measured on
 BINS = 40  # of a histogram of lengths
-SIZE_EDGES = 2.0 ** np.arange(4, 13.01, 0.25)  # of a histogram of widths and heights, in pixels: 16 to 8192
+SIZE_EDGES = 2.0 ** np.arange(4, 12.01, 0.25)  # of a histogram of widths and heights, in pixels: 16 to 4096
 
 
 class Measured(NamedTuple):
@@ -62,7 +62,9 @@ def measure(sources: Sequence[tuple[SourceConfig, Source]], viewer: Viewer, coun
             numbers = [names.setdefault(row.pop("group"), len(names)) for row in rows]
             shapes = [(group, *size) for group, row in zip(numbers, rows, strict=True) for size in row.pop("sizes")]
             sizes.append(np.asarray(shapes, np.int64).reshape(-1, 3))
-            columns.append(np.asarray([(group, *row.values()) for group, row in zip(numbers, rows, strict=True)], np.int64))
+            columns.append(
+                np.asarray([(group, *row.values()) for group, row in zip(numbers, rows, strict=True)], np.int64)
+            )
             progress.add(len(chunk))
     columns = np.concatenate([part.reshape(-1, 6) for part in columns])
     sizes = np.concatenate(sizes)
@@ -130,7 +132,9 @@ def _counted(text: Encoded | DataError | dict, sizes: list, viewer: Viewer) -> d
 def _groups(names: list[tuple[int, str]], used: np.ndarray, sources: Sequence) -> tuple[list[str], np.ndarray]:
     """Titles, and for each (source, part) its title's number: parts only where a source looks like LLaVA's mixture."""
     counts = np.bincount(used, minlength=len(names)).tolist()
-    parts = [Counter({part: n for (s, part), n in zip(names, counts, strict=True) if s == k}) for k in range(len(sources))]
+    parts = [
+        Counter({part: n for (s, part), n in zip(names, counts, strict=True) if s == k}) for k in range(len(sources))
+    ]
     titles: dict[str, int] = {}
     numbers = []
     for k, part in names:
@@ -181,7 +185,9 @@ def _texts(measured: Measured, mine, edges: np.ndarray) -> dict:
         "supervised_share": scored / total,
         "cut": int(measured.cut[mine].sum()),
         "images": int(images.sum()),
-        "images_per_record": {int(n): int(count) for n, count in zip(*np.unique(images, return_counts=True), strict=True)},
+        "images_per_record": {
+            int(n): int(count) for n, count in zip(*np.unique(images, return_counts=True), strict=True)
+        },
     }
 
 
@@ -192,7 +198,11 @@ def _pictures(sizes: np.ndarray) -> dict:
     filled = np.histogram2d(*np.clip(sizes, SIZE_EDGES[0], SIZE_EDGES[-1] - 1).T, [SIZE_EDGES, SIZE_EDGES])[0]
     cells = [[int(i), int(j), int(filled[i, j])] for i, j in zip(*filled.nonzero(), strict=True)]
     return {
-        "image_size": {"median": np.median(sizes, 0).tolist(), "min": sizes.min(0).tolist(), "max": sizes.max(0).tolist()},
+        "image_size": {
+            "median": np.median(sizes, 0).tolist(),
+            "min": sizes.min(0).tolist(),
+            "max": sizes.max(0).tolist(),
+        },
         "image_histogram": {"edges": SIZE_EDGES.round().tolist(), "width_height_images": cells},
     }
 
@@ -218,7 +228,13 @@ def summary_table(made: dict) -> list[str]:
     rows = []
     for title, group in made["groups"].items():
         length, size = group["length"], group.get("image_size")
-        row = [title, f"{group['records']:,}", f"{length['total']:,}", f"{length['median']:,.0f}", f"{length['95%']:,.0f}"]
+        row = [
+            title,
+            f"{group['records']:,}",
+            f"{length['total']:,}",
+            f"{length['median']:,.0f}",
+            f"{length['95%']:,.0f}",
+        ]
         row += [f"{length['max']:,}", percent(group["supervised_share"]), f"{group['images']:,}"]
         row += ["{:.0f} x {:.0f}".format(*size["median"]) if size else "-", f"{group['cut']:,}"]
         if packed:

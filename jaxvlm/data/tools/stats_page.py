@@ -8,7 +8,7 @@ from html import escape
 from jaxvlm.html import axis_ticks, document, percent, table
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 340, 170, 40, 22, 8, 18  # of a histogram, in SVG units
-SQUARE = 240  # of a map of sizes
+SIDE = 240  # of a map of sizes
 
 
 def stats_page(title: str, facts: str, made: dict) -> str:
@@ -25,7 +25,7 @@ def stats_page(title: str, facts: str, made: dict) -> str:
     if sizes:
         sections.append(
             '<section aria-labelledby="sizes"><h2 id="sizes">Image sizes</h2>\n<p class="quiet">Width and height in pixels, '
-            "on scales that double; the darker a cell, the more images. The diagonal is a square.</p>\n"
+            "on scales that double; the stronger a cell, the more images. The diagonal is a square.</p>\n"
             f'<div class="maps">{sizes}</div></section>'
         )
     return document(f"{title} - jaxvlm data", sections, STYLE)
@@ -69,7 +69,7 @@ def _table(made: dict) -> str:
         note = (
             f'<p class="quiet">Fill: the part of rows of {made["row_length"]:,} tokens that holds something, each source '
             f"packed by itself (the last line: all together), and with one conversation a row. Tile fill: of "
-            f'{every["tiles_per_row"]} tile slots a row. Cut: records longer than a row.</p>'
+            f"{every['tiles_per_row']} tile slots a row. Cut: records longer than a row.</p>"
         )
     return f'<section aria-label="Sources">{table("By source", heads, rows)}{note}</section>'
 
@@ -97,7 +97,9 @@ def _lengths(name: str, group: dict, made: dict) -> str:
         for a, b, count in zip(edges, edges[1:], counts, strict=False)
         if count
     )
-    lines = "".join(f'<path class="line" d="M{x(group["length"][key]):.1f} {TOP}V{y(0):.1f}"/>' for key in ("median", "95%"))
+    lines = "".join(
+        f'<path class="line" d="M{x(group["length"][key]):.1f} {TOP}V{y(0):.1f}"/>' for key in ("median", "95%")
+    )
     below = "".join(
         f'<text x="{x(mark):.1f}" y="{HEIGHT - 6}" text-anchor="middle">{mark:,.0f}</text>'
         for mark in axis_ticks(0, top, 4, whole=True)
@@ -113,37 +115,36 @@ def _lengths(name: str, group: dict, made: dict) -> str:
 
 
 def _sizes(name: str, group: dict) -> str:
-    cells = group["image_histogram"]["width_height_images"]
-    edges = [math.log2(edge) for edge in group["image_histogram"]["edges"]]
+    """A map of image sizes: a cell for each quarter of a doubling of width and height."""
+    edges, cells = group["image_histogram"]["edges"], group["image_histogram"]["width_height_images"]
+    low, high = math.log2(edges[0]), math.log2(edges[-1])
     most = max(count for *_, count in cells)
-    scale = (SQUARE - LEFT - RIGHT) / (edges[-1] - edges[0])
-    floor = SQUARE - BOTTOM
+    scale = (SIDE - LEFT - RIGHT) / (high - low)
+    floor = SIDE - LEFT - RIGHT + TOP
 
     def place(power: float) -> float:
-        return (power - edges[0]) * scale
-
-    def shade(count: int) -> float:
-        return 0.15 + 0.85 * math.log1p(count) / math.log1p(most)
+        return (power - low) * scale
 
     drawn = "".join(
-        f'<rect class="bar" x="{LEFT + place(edges[i]):.1f}" y="{floor - place(edges[j + 1]):.1f}" width="{scale / 4:.1f}" '
-        f'height="{scale / 4:.1f}" opacity="{shade(count):.2f}"/>'
+        f'<rect class="bar" x="{LEFT + place(math.log2(edges[i])):.1f}" y="{floor - place(math.log2(edges[j + 1])):.1f}" '
+        f'width="{scale / 4:.1f}" height="{scale / 4:.1f}" opacity="{0.2 + 0.8 * math.log1p(count) / math.log1p(most):.2f}"/>'
         for i, j, count in cells
     )
-    powers = [power for power in range(4, 14, 2)]
     grid = "".join(
-        f'<path class="grid" d="M{LEFT} {floor - place(p):.1f}H{LEFT + place(13):.1f}M{LEFT + place(p):.1f} '
-        f'{floor - place(13):.1f}V{floor}"/><text x="{LEFT - 6}" y="{floor - place(p) + 4:.1f}" text-anchor="end">{2**p}</text>'
-        f'<text x="{LEFT + place(p):.1f}" y="{SQUARE - 6}" text-anchor="middle">{2**p}</text>'
-        for p in powers
+        f'<path class="grid" d="M{LEFT} {floor - place(p):.1f}H{LEFT + place(high):.1f}M{LEFT + place(p):.1f} '
+        f'{floor - place(high):.1f}V{floor:.1f}"/><text x="{LEFT - 6}" y="{floor - place(p) + 4:.1f}" text-anchor="end">{2**p}'
+        f'</text><text x="{LEFT + place(p):.1f}" y="{floor + 16:.1f}" text-anchor="middle">{2**p}</text>'
+        for p in range(math.ceil(low), math.floor(high) + 1, 2)
     )
-    size, counts = group["image_size"], group["images_per_record"]
-    label = "Image sizes of {}: median {:.0f} x {:.0f}".format(name, *size["median"])
-    per_record = ", ".join(f"{count:,} with {'no image' if n == 0 else n}" for n, count in sorted(counts.items()))
+    label = "Image sizes of {}: median {:.0f} x {:.0f}".format(name, *group["image_size"]["median"])
+    counts = group["images_per_record"]
+    each = (
+        "" if list(counts) == [1] else "; of a record: " + ", ".join(f"{n} in {count:,}" for n, count in counts.items())
+    )
     return (
-        f'<figure class="card"><figcaption>{escape(name)} <span class="quiet">{group["images"]:,} images; records: '
-        f'{per_record}</span></figcaption><svg viewBox="0 0 {SQUARE} {SQUARE}" role="img" aria-label="{escape(label)}">'
-        f'{grid}<path class="line" d="M{LEFT} {floor}L{LEFT + place(13):.1f} {floor - place(13):.1f}"/>{drawn}</svg></figure>\n'
+        f'<figure class="card"><figcaption>{escape(name)} <span class="quiet">{group["images"]:,} images{each}</span>'
+        f'</figcaption><svg viewBox="0 0 {SIDE} {floor + BOTTOM:.0f}" role="img" aria-label="{escape(label)}">{grid}<path '
+        f'class="line" d="M{LEFT} {floor:.1f}L{LEFT + place(high):.1f} {floor - place(high):.1f}"/>{drawn}</svg></figure>\n'
     )
 
 
@@ -157,6 +158,7 @@ def _short(count: float) -> str:
 
 
 STYLE = """
+main { max-width: 1140px; }
 th, td { padding: 8px 9px; }
 th:first-child { padding-left: 18px; }
 .charts, .maps { display: grid; gap: 16px; }

@@ -30,6 +30,7 @@ from jaxvlm.progress import Progress
 
 SMALL = 14  # pixels on a side: less than one patch
 LARGE = 25_000_000  # pixels: decoding one takes most of a second
+FOLDERS_SHOWN = 8
 LONG = 20  # times longer than wide: little is left of it in a square
 
 
@@ -146,14 +147,14 @@ def _record_findings(source: Source, kept: _Records) -> list[Finding]:
         findings[0] = Finding("problem", "conversations", f"{len(kept.bad):,} malformed", (*shown, *more))
     twice = _repeated(kept.contents)
     if twice:
-        value = f"{twice:,} records repeat another one, image and text"
+        value = f"repeat another record, image and text: {twice:,}"
         findings.append(Finding("note", "duplicates", value, ("Harmless, unless it is more than you meant.",)))
     same = _repeated(kept.ids) - twice
     if same > 0:
-        value = f"{same:,} records share their id with another one"
+        value = f"share their id with another record: {same:,}"
         findings.append(Finding("note", "ids", value, ("Harmless: records are told apart by their number.",)))
     if kept.empty_answers:
-        findings.append(Finding("note", "empty answers", f"{kept.empty_answers:,} records teach to say nothing"))
+        findings.append(Finding("note", "empty answers", f"teach to say nothing: {kept.empty_answers:,} records"))
     return findings
 
 
@@ -232,28 +233,32 @@ class _Images:
             if numbers:
                 findings += self._fault(fault, [self.name(i) for i in numbers], folder)
         for odd, names in self.other_types.items():
-            value = f"{len(names):,} are {odd}: {some(names)}"
+            value = f"{odd}: {len(names):,}, as {some(names)}"
             findings.append(
                 Finding("note", "other type", value, ("Fine as they are: the type is read from the content.",))
             )
         return findings + self._sizes()
 
     def _fault(self, fault: str, names: list[str], folder: str) -> list[Finding]:
+        """A finding for each of the fullest folders of the images that have this fault."""
         findings = []
-        groups = repair.by_folder(names)
-        for home, inside in list(groups.items())[:8]:
-            advice = ["Fetch them again."]
-            if fault == "missing" and folder:
-                advice = repair.missing_advice(folder, home, inside)
-            elif fault == "too large":
+        groups = list(repair.by_folder(names).items())
+        for home, inside in groups[:FOLDERS_SHOWN]:
+            if fault == "too large":
                 advice = ["Shrink them, or leave their records out."]
-            elif fault == "page" and home in repair.FOLDERS:
-                advice = [f"Fetch {repair.FOLDERS[home].format(images=folder)}."]
-            value = f"{len(inside):,} in {home}{FAULTS[fault]}: {some([PurePosixPath(n).name for n in inside])}"
+            elif self.source.image_file(inside[0]) is None:
+                advice = ["The images are inside the data set: mend what it was made from and convert that again."]
+            elif fault == "missing":
+                advice = repair.missing_advice(folder, home, inside)
+            else:
+                advice = [f"Fetch {repair.what_to_fetch(folder, home)}."]
+            where = home if home != "." else folder or self.source.path
+            value = f"{len(inside):,} in {where}{FAULTS[fault]}: {some([PurePosixPath(name).name for name in inside])}"
             findings.append(Finding("problem", fault, value, tuple(advice)))
-        rest = list(groups.values())[8:]
+        rest = groups[FOLDERS_SHOWN:]
         if rest:
-            findings.append(Finding("problem", fault, f"{sum(map(len, rest)):,} more in {len(rest):,} other folders"))
+            more = f"{sum(len(inside) for _, inside in rest):,} more in {len(rest):,} other folders"
+            findings.append(Finding("problem", fault, more))
         return findings
 
     def _sizes(self) -> list[Finding]:
@@ -261,13 +266,15 @@ class _Images:
         sizes = np.asarray([self.looks[i].size for i in good], np.int64).reshape(-1, 2)
         long, short, area = sizes.max(1, initial=1), sizes.min(1, initial=MAX_PIXELS), sizes.prod(1)
         kinds = {
-            "tiny": (short < SMALL, f"are under {SMALL} pixels wide or high"),
-            "huge": (area > LARGE, f"have more than {LARGE // 10**6} megapixels; shrinking them speeds up training"),
-            "very long": (long > LONG * short, f"are over {LONG} times as long as wide"),
+            "tiny": (short < SMALL, f"under {SMALL} pixels wide or high"),
+            "huge": (area > LARGE, f"over {LARGE // 10**6} megapixels, which shrunk would load faster"),
+            "very long": (long > LONG * short, f"over {LONG} times as long as wide"),
         }
         return [
             Finding(
-                "note", name, f"{chosen.sum():,} {what}: {some([self.name(good[k]) for k in np.flatnonzero(chosen)])}"
+                "note",
+                name,
+                f"{what}: {chosen.sum():,}, as {some([self.name(good[k]) for k in np.flatnonzero(chosen)])}",
             )
             for name, (chosen, what) in kinds.items()
             if chosen.any()
