@@ -38,7 +38,7 @@ def run_config(data: Path, tokenizer: Path, **changes) -> RunConfig:
             name=name,
             trainable=trainable,
             data=DataConfig(
-                sources=(source,), template=template, packing=True, tiles_per_row=3, virtual_shards=2, length=128
+                sources=(source,), template=template, packing=True, tiles_per_row=3, length=128
             ),
             optimizer=OptimizerConfig(learning_rate=lr),
             batch_size=8,  # the tests' simulated devices
