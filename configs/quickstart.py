@@ -65,9 +65,7 @@ def quickstart():
             dict(
                 name="align",
                 trainable=("connector/.*",),
-                data=dict(
-                    sources=[source("align")], template="plain", packing=True, tiles_per_row=14
-                ),
+                data=dict(sources=[source("align")], template="plain", packing=True, tiles_per_row=14),
                 optimizer=dict(learning_rate=5e-3, clip_norm=1.0),
                 batch_size=2,
                 steps=90,

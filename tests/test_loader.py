@@ -306,7 +306,8 @@ def test_bad_json_names_the_line(folder, tmp_path):
     (tmp_path / "x.jsonl").write_text(f"{good}\n\n{good[:-2]}\n{good}\n")
     with pytest.raises(DataError, match="x.jsonl, record number 1: line 3 is not JSON: column"):
         loader(folder, names=[str(tmp_path / "x.jsonl")])
-    assert loader(folder, names=[str(tmp_path / "x.jsonl")], data=dict(bad_records="skip", max_bad_share=1.0)).stats()["records"] == 2
+    skipping = dict(bad_records="skip", max_bad_share=1.0)
+    assert loader(folder, names=[str(tmp_path / "x.jsonl")], data=skipping).stats()["records"] == 2
     (tmp_path / "x.json").write_text(f"[{good},\n{good}")
     with pytest.raises(DataError, match="x.json is not JSON: line 2, column .*incomplete download"):
         loader(folder, names=[str(tmp_path / "x.json")])

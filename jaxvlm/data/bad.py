@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxvlm.config import DataConfig, SourceConfig
 from jaxvlm.data import DataError
 
@@ -135,6 +137,19 @@ def report(entries: Sequence[Mapping[str, Any]], data: DataConfig, path: str | o
         lines.append(f"{data.quarantine} does not list them: make it anew with `jaxvlm data verify`.")
     lines.append("bad_records = 'skip' in the stage's data leaves such records out and lists them in a file.")
     raise DataError("\n".join(lines))
+
+
+def broken_conversations(batch: Mapping[str, np.ndarray], num_sources: int) -> np.ndarray:
+    """How many conversations of each source in a batch have lost their supervision to a broken image, int [num_sources].
+
+    Every other conversation has a supervised token: records without one are not used.
+    """
+    segments = batch["segment_ids"]  # [B, S]
+    rows = np.arange(len(segments))[:, None]
+    number = segments + rows * (int(segments.max(initial=0)) + 1)
+    supervised = np.bincount(number.reshape(-1), weights=(batch["loss_weights"] > 0).reshape(-1))
+    broken = (batch["positions"] == 0) & (segments > 0) & (supervised[number] == 0)  # at their first tokens
+    return np.bincount(batch["source_ids"][broken], minlength=num_sources)
 
 
 class BrokenImages:
