@@ -38,7 +38,7 @@ def one_device():
 
 def batches(world, packing: bool, batch_size: int, **changes):
     stage = world.stages[1]
-    data = dataclasses.replace(stage.data, packing=packing, virtual_shards=1, **changes)
+    data = dataclasses.replace(stage.data, packing=packing, **changes)
     return Loader(data, world.prompt, world.model, batch_size=batch_size, epochs=1.0, seed=3).batches(0)
 
 

@@ -57,6 +57,8 @@ COUNTS = {
     "vg": 86_417,
 }
 
+PARTS = (*COUNTS, OTHER)
+
 # Sentences that ask for a form of answer, each on a line of its own after the question. What TextCaps, RefCOCO and VG ask
 # is the question itself, and stays.
 FORMAT_PROMPTS = (

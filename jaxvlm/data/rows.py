@@ -10,25 +10,22 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxvlm.config import SourceConfig
 from jaxvlm.data import DataError
+from jaxvlm.data.bad import BrokenImages
 from jaxvlm.data.image import load_image
 from jaxvlm.data.packing import assemble
 from jaxvlm.data.sources import image_path
-from jaxvlm.data.table import Splicing, open_table, table_images, table_plans, table_spliced
+from jaxvlm.data.table import Splicing, open_table, record_place, table_images, table_plans, table_spliced
 from jaxvlm.data.tiles import ImagePlan, image_tiles, pixel_names
 
 
-class Samples(NamedTuple):
-    """Every sample of every source, as columns int64 [n]."""
+class Places(NamedTuple):
+    """Where the samples of all sources are, as columns [n]; workers get them, so they are small."""
 
-    source: np.ndarray
-    row: np.ndarray  # in the source's table
-    length: np.ndarray  # tokens, visual ones included
-    images: np.ndarray
-    tiles: np.ndarray
-    supervised: np.ndarray
-    dropped_images: np.ndarray
-    truncated: np.ndarray
+    source: np.ndarray  # int16
+    row: np.ndarray  # int32, in the source's table
+    name: np.ndarray  # int16, what 'source_ids' are of this sample
 
 
 @dataclass
@@ -36,26 +33,26 @@ class RowReader:
     """Rows by their number in the run. Picklable: it holds paths and arrays, and reopens memory maps."""
 
     tables: list[str]
-    samples: Samples
+    places: Places
+    has_images: bool
     rows: np.ndarray  # flat sample indices
     row_offsets: np.ndarray
-    folders: list[str]
+    sources: Sequence[SourceConfig]
     splicing: Splicing
-    skip_bad_images: bool
+    broken: BrokenImages | None  # where images that cannot be decoded are written down; None: they raise
     features: tuple[np.ndarray, Mapping[str, int]] | None
 
     def __post_init__(self):
-        self.has_images = bool(self.samples.images.any())
         self.feature_rows = None
         if self.features is not None:
             array, index = self.features
             self.features = _file_of(array)
             self.feature_rows = [
                 np.asarray(
-                    [index.get(image_path(folder, name), -1) for name in open_table(table).image_names],
+                    [index.get(image_path(source.images, name), -1) for name in open_table(table).image_names],
                     np.int64,
                 )
-                for folder, table in zip(self.folders, self.tables, strict=True)
+                for source, table in zip(self.sources, self.tables, strict=True)
             ]
 
     def batch(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
@@ -66,7 +63,7 @@ class RowReader:
     def row(self, row: int) -> dict[str, np.ndarray]:
         inside = row < len(self.row_offsets) - 1
         chosen = self.rows[self.row_offsets[row] : self.row_offsets[row + 1]] if inside else []
-        places = [(int(self.samples.source[i]), int(self.samples.row[i])) for i in chosen]
+        places = [(int(self.places.source[i]), int(self.places.row[i])) for i in chosen]
         tables = [open_table(self.tables[source]) for source, _ in places]
         parts = [table_spliced(t, row, self.splicing) for t, (_, row) in zip(tables, places, strict=True)]
         tiling, settings = self.splicing.tiling, self.splicing.settings
@@ -74,7 +71,7 @@ class RowReader:
             parts,
             settings["length"],
             tiling.tile_tokens,
-            source_ids=[source for source, _ in places],
+            source_ids=[int(self.places.name[i]) for i in chosen],
             pad_id=settings["pad_id"],
             blends=tiling.blends and self.has_images,
         )
@@ -84,10 +81,12 @@ class RowReader:
                 for segment, (table, (source, row)) in enumerate(zip(tables, places, strict=True), start=1)
                 for name, plan in zip(table_images(table, row), table_plans(table, row, self.splicing), strict=False)
             ]
-            arrays |= self._tiles(images, arrays)
+            arrays |= self._tiles(images, arrays, places)
         return arrays
 
-    def _tiles(self, images: list[tuple[int, int, int, ImagePlan]], arrays: dict) -> dict[str, np.ndarray]:
+    def _tiles(
+        self, images: list[tuple[int, int, int, ImagePlan]], arrays: dict, places: list[tuple[int, int]]
+    ) -> dict[str, np.ndarray]:
         """The tile slots of a row: 'pixels' [T, H, W, 3] or 'features' [T, N, Dv], and 'tile_mask' [T]."""
         slots, tiling = self.splicing.tiles_per_row, self.splicing.tiling
         mask = np.arange(slots) < sum(plan.tiles for *_, plan in images)
@@ -102,18 +101,23 @@ class RowReader:
             return {"features": tiles, "tile_mask": mask}
         made = [np.zeros((slots, size, size, 3), np.uint8) for size, _ in tiling.views]
         for segment, source, name, plan in images:
-            path = image_path(self.folders[source], open_table(self.tables[source]).image_names[name])
+            path = image_path(self.sources[source].images, open_table(self.tables[source]).image_names[name])
             try:
                 for view, tiles in zip(made, image_tiles(load_image(path), tiling, plan, path), strict=True):
                     view[tile : tile + plan.tiles] = tiles
             except DataError as error:
-                if not self.skip_bad_images:
+                if self.broken is None:
                     raise
                 # The rows are planned, so the conversation keeps its place and teaches nothing.
                 warnings.warn(f"Left out of the loss: {error}", stacklevel=2)
+                self.broken.add(self._place(*places[segment - 1]) | {"reason": str(error), "image": path})
                 arrays["loss_weights"][arrays["segment_ids"] == segment] = 0.0
             tile += plan.tiles
         return dict(zip(pixel_names(len(made)), made, strict=True)) | {"tile_mask": mask}
+
+    def _place(self, source: int, row: int) -> dict:
+        table = open_table(self.tables[source])
+        return record_place(self.sources[source], int(table.record[row]), table.ids[row], table.parts[row])
 
 
 def _file_of(array: np.ndarray) -> np.ndarray | tuple:

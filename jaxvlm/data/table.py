@@ -22,15 +22,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxvlm.config import PromptConfig, SourceConfig
-from jaxvlm.data import DataError
+from jaxvlm.data import DataError, llava_mix
 from jaxvlm.data.conversation import IMAGE_TOKEN, Encoded, encode_all, record_images
 from jaxvlm.data.image import image_size
 from jaxvlm.data.layout import Spliced, splice
-from jaxvlm.data.sources import file_stats, image_path, read_records, select
+from jaxvlm.data.mixture import choose, prepared
+from jaxvlm.data.sources import file_stats, image_path, read_records
 from jaxvlm.data.tiles import ImagePlan, Tiling, image_plan, image_plans
 from jaxvlm.data.tokenizer import Tokenizer
 
-VERSION = 2  # raise it when the same records would give other arrays
+VERSION = 3  # raise it when the same records would give other arrays
 CHUNK = 512  # records tokenised in one call
 
 
@@ -38,7 +39,7 @@ class Splicing(NamedTuple):
     """How the conversations of a table become sequences."""
 
     tiling: Tiling
-    tiles_per_row: int
+    tiles_per_row: int  # 0: any number
     settings: dict  # further arguments of `splice`
 
 
@@ -50,7 +51,7 @@ def splicing_for(prompt: PromptConfig, tokenizer: Tokenizer, tiling: Tiling, til
         "length": prompt.length,
         "truncation": prompt.truncation,
         "tile_tokens": tiling.tile_tokens,
-        "reserved": tiles_per_row * one if prompt.truncation == "before_splice" else 0,
+        "reserved": max(tiles_per_row, 1) * one if prompt.truncation == "before_splice" else 0,
         "bos_id": tokenizer.bos_id if tokenizer.adds_bos else None,
         "pad_id": tokenizer.pad_id or 0,
     }
@@ -63,7 +64,7 @@ def cached_table(
     template: str,
     splicing: Splicing,
     tokenizer: Tokenizer,
-    seed: Sequence[int],
+    seed: int,
     cache: Path,
     log: Callable[[str], Any],
 ) -> str:
@@ -77,7 +78,8 @@ def cached_table(
         raise DataError(f"The data file {source.path!r} does not exist. Check the source's `path`.") from error
     whole, layout = float(source.fraction).is_integer(), splicing.settings["layout"]
     key = [VERSION, os.path.abspath(source.path), stat.st_size, stat.st_mtime_ns, template, layout]
-    key += [tokenizer.fingerprint_text, source.fraction, None if whole else list(seed)]
+    key += [tokenizer.fingerprint_text, source.fraction, None if whole else seed]
+    key += [source.mix, source.keep, source.text_only, source.format_prompts]
     texts = _folder(cache, key)
     if not (texts / "meta.json").is_file():
         _write(texts, *_encode_records(source, template, layout, tokenizer, seed, log))
@@ -103,26 +105,29 @@ def _folder(cache: Path, key: list) -> Path:
 
 def _encode_records(source, template, layout, tokenizer, seed, log) -> tuple[dict, list[dict], dict]:
     records = read_records(source.path)
-    indices, copies = np.unique(select(len(records), source.fraction, seed), return_counts=True)
+    copies = choose(records, source, seed)
+    indices = np.flatnonzero(copies)
     if len(indices) > 2000:
         log(f"{source.name or source.path}: tokenising {len(indices):,} records (kept for the next run)")
-    tokens, supervised, images, rows, ids, bad = [], [], [], [], [], []
+    tokens, supervised, images, rows, ids, parts, bad = [], [], [], [], [], [], []
     names: dict[str, int] = {}
     for start in range(0, len(indices), CHUNK):
         numbers = indices[start : start + CHUNK].tolist()
         chunk = [_read(records, number) for number in numbers]
-        encoded = encode_all(chunk, tokenizer, template, layout)
-        for k, (number, record, one) in enumerate(zip(numbers, chunk, encoded, strict=True), start=start):
-            error = next((part for part in (record, one) if isinstance(part, DataError)), None)
+        encoded = encode_all([prepared(record, source) for record in chunk], tokenizer, template, layout)
+        for number, record, one in zip(numbers, chunk, encoded, strict=True):
+            part = llava_mix.PARTS.index(llava_mix.source_of(record)) if source.mix else 0
+            error = next((given for given in (record, one) if isinstance(given, DataError)), None)
             if error:
                 identity = record.get("id") if isinstance(record, dict) else None
-                bad.append(_place(source, number, identity) | {"reason": str(error)})
+                bad.append(record_place(source, number, identity, part) | {"reason": str(error)})
                 continue
             ids.append(record.get("id"))
             tokens.append(one.tokens)
             supervised.append(one.weights > 0)
             images.append([names.setdefault(name, len(names)) for name in record_images(record)])
-            rows.append((number, copies[k]))
+            parts.append(part)
+            rows.append((number, copies[number]))
     record, copies = np.asarray(rows, np.int64).reshape(-1, 2).T
     arrays = {
         "tokens": _flat(tokens, np.int32),
@@ -132,12 +137,15 @@ def _encode_records(source, template, layout, tokenizer, seed, log) -> tuple[dic
         "image_offsets": _offsets(images),
         "record": record,
         "copies": copies,
+        "parts": np.asarray(parts, np.int16),  # of a mix, indices into `llava_mix.PARTS`
     }
     return arrays, bad, {"image_names": list(names), "ids": ids}
 
 
-def _place(source: SourceConfig, number: int, identity: object) -> dict:
-    return {"source": source.name, "file": source.path, "record": number, "id": identity}
+def record_place(source: SourceConfig, number: int, identity: object, part: int) -> dict:
+    """What names a record in a list of bad ones; `part` is an index into `llava_mix.PARTS`."""
+    place = {"source": source.name, "file": source.path, "record": number, "id": identity}
+    return place | ({"part": llava_mix.PARTS[part]} if source.mix else {})
 
 
 def _read(records: Sequence, number: int) -> dict | DataError:
@@ -183,7 +191,7 @@ def _splice_records(base, source, splicing: Splicing, sizes: np.ndarray, why: di
         except DataError as error:
             reason = {"reason": str(error)}
         if reason:
-            bad.append(_place(source, int(base.record[row]), base.ids[row]) | reason)
+            bad.append(record_place(source, int(base.record[row]), base.ids[row], base.parts[row]) | reason)
             copies[row] = 0
             continue
         scored = int((spliced.weights > 0).sum())
@@ -208,7 +216,9 @@ def _usable(base: SimpleNamespace, row: int, splicing: Splicing, sizes: np.ndarr
         raise DataError(
             f"{name} has no supervised token within `length` ({length}); raise it, or leave the record out."
         )
-    if spliced.num_tiles > limit:
+    if len(spliced.tokens) > length:
+        raise DataError(f"{name} has {len(spliced.tokens)} tokens, but a row holds {length}; raise `length`.")
+    if limit and spliced.num_tiles > limit:
         what = f"{spliced.num_images} images" + (f" in {spliced.num_tiles} tiles" if splicing.tiling.sized else "")
         raise DataError(f"{name} has {what}, but a row holds {limit}; raise `tiles_per_row`.")
     return spliced

@@ -1,0 +1,121 @@
+"""The samples of a stage: every record that can be used, as often as the mixture says, and those that are left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxvlm.config import DataConfig, SourceConfig
+from jaxvlm.data import bad
+from jaxvlm.data.llava_mix import PARTS
+from jaxvlm.data.sources import image_path, missing_files
+from jaxvlm.data.table import open_table, record_place, table_images
+
+
+class Samples(NamedTuple):
+    """Columns, int32 [n]."""
+
+    source: np.ndarray  # in the config
+    row: np.ndarray  # in the source's table
+    name: np.ndarray  # in `Usable.names`
+    length: np.ndarray  # tokens, visual ones included
+    images: np.ndarray
+    tiles: np.ndarray
+    supervised: np.ndarray
+    dropped_images: np.ndarray
+    truncated: np.ndarray
+
+
+class Usable(NamedTuple):
+    """What there is to train on."""
+
+    samples: Samples
+    names: tuple[str, ...]  # of sources, those inside a mix apart
+    records: dict[str, int]  # usable records of each name, however often they are used
+    skipped: dict[str, list[dict]]  # of each name, entries as `bad` describes them
+    quarantined: dict[str, list[dict]]
+
+
+def usable(data: DataConfig, tables: Sequence[str], features: tuple[Any, Mapping[str, int]] | None = None) -> Usable:
+    """The samples whose images are there (or have features), and what is left out, with the reasons.
+
+    Raises `DataError` for a quarantine list that does not fit the sources.
+    """
+    listed = bad.read_quarantine(data.quarantine, data.sources) if data.quarantine else [{} for _ in tables]
+    names = list(dict.fromkeys(name for source in data.sources for name in _names(source)))
+    records = dict.fromkeys(names, 0)
+    skipped, quarantined = ({name: [] for name in names} for _ in range(2))
+    columns = []
+    for i, (config, folder) in enumerate(zip(data.sources, tables, strict=True)):
+        table, mine = open_table(folder), _names(config)
+        entries = _left_out(table, config, features, listed[i], data.quarantine)
+        for number, entry in sorted(entries.items()):
+            name = mine[PARTS.index(entry["part"])] if config.mix else mine[0]
+            (quarantined if number in listed[i] else skipped)[name].append(entry)
+        copies = np.where(np.isin(table.record, list(entries)), 0, table.copies)
+        number_of = np.asarray([names.index(name) for name in mine])[table.parts]
+        for k, count in zip(*np.unique(number_of[copies > 0], return_counts=True), strict=True):
+            records[names[k]] += int(count)
+        rows = np.repeat(np.arange(len(copies), dtype=np.int32), copies)
+        found = (
+            table.lengths,
+            table.used_images,
+            table.tiles,
+            table.supervised_tokens,
+            table.dropped_images,
+            table.truncated,
+        )
+        columns.append((np.full(len(rows), i), rows, number_of[rows], *(column[rows] for column in found)))
+
+    kept = [name for name in names if records[name] or skipped[name] or quarantined[name]]
+    samples = Samples(*(np.concatenate(column).astype(np.int32) for column in zip(*columns, strict=True)))
+    place = np.asarray([kept.index(name) if name in kept else -1 for name in names], np.int32)
+    pick = [{name: one[name] for name in kept} for one in (records, skipped, quarantined)]
+    return Usable(samples._replace(name=place[samples.name]), tuple(kept), *pick)
+
+
+def _left_out(
+    table: Any, config: SourceConfig, features: Any, listed: Mapping[int, dict], path: str
+) -> dict[int, dict]:
+    """The entries of a table's records that are not used, by number; `listed` are those in the quarantine list `path`."""
+    entries = {entry["record"]: entry | {"source": config.name, "file": config.path} for entry in table.bad}
+    entries |= {entry["record"]: entry for entry in _without_image(table, config, features)}
+    for row in np.flatnonzero(np.isin(table.record, list(listed))):
+        entry = _entry(table, row, config)
+        entries.setdefault(entry["record"], entry | {"reason": listed[entry["record"]].get("reason", "")})
+    for number, entry in listed.items():
+        if number in entries:  # otherwise the mixture does not use it
+            bad.check_identity(entry, entries[number]["id"], path)
+    return entries
+
+
+def _names(source: SourceConfig) -> Sequence[str]:
+    return PARTS if source.mix else (source.name or source.path,)
+
+
+def _entry(table: Any, row: int, config: SourceConfig) -> dict:
+    return record_place(config, int(table.record[row]), table.ids[row], table.parts[row])
+
+
+def _without_image(table: Any, config: SourceConfig, features: tuple[Any, Mapping[str, int]] | None) -> list[dict]:
+    """Entries of the table's records that use an image that is not there."""
+    paths = [image_path(config.images, name) for name in table.image_names]
+    if features is None:
+        missing = set(missing_files(paths))
+    else:
+        missing = {n for n, path in enumerate(paths) if path not in features[1]}
+    found = []
+    for row in _rows_with(table, missing):
+        path = next(paths[n] for n in table_images(table, row) if n in missing)
+        found.append(_entry(table, row, config) | {"reason": f"image file {path} is missing or empty", "image": path})
+    return found
+
+
+def _rows_with(table: Any, names: set[int]) -> np.ndarray:
+    """The table's rows that use one of these images."""
+    totals = np.diff(table.image_offsets)
+    owner = np.repeat(np.arange(len(totals)), totals)
+    used = np.arange(len(owner)) - np.asarray(table.image_offsets)[owner] < table.used_images[owner]
+    return np.unique(owner[np.isin(table.images, list(names)) & used])
