@@ -52,15 +52,17 @@ def verify(argv: Sequence[str]) -> int:
         help="write the records that cannot be used, as JSONL; images to fetch again go to FILE.images.txt",
     )
     options, stages = _parsed(parser, argv)
-    from jaxvlm.data.tools.verify import verify as check
+    from jaxvlm.data.tools.verify import verify as verify_source
+    from jaxvlm.data.tools.verify import verify_stage
 
-    template = stages[0].prompt.template if options.config else "vicuna_v1"
-    found = {}
+    found = []
     for source in _each_source(stages):
-        if found:
-            print()
-        found[source] = check(source, template=template, quick=options.quick, workers=options.workers)
-    return _conclude(list(found.values()), options.quarantine)
+        print("\n" * bool(found), end="")
+        found.append(verify_source(source, quick=options.quick, workers=options.workers))
+    for stage in stages if options.config else ():
+        known = {(entry["file"], entry["record"]) for one in found for entry in one.bad}
+        found.append(verify_stage(stage.name, stage.data, stage.prompt, stage.model, stage.seed, known))
+    return _conclude(found, options.quarantine)
 
 
 def _conclude(found: list, quarantine: str | None) -> int:
@@ -136,7 +138,7 @@ def stats(argv: Sequence[str]) -> int:
     for k, stage in enumerate(stages):
         sources = [(config, open_source(config)) for config in stage.sources]
         measured = measure(sources, _viewer(stage), options.random, options.seed)
-        made = summary(measured, stage.prompt.length, stage.data.tiles_per_row if stage.data.packing else None)
+        made = summary(measured, stage.prompt.length, stage.data.tiles_per_row)
         print("\n" * bool(k) + f"{stage.name}: {_facts(stage)}\n\n" + "\n".join(summary_table(made)))
         if made["unusable"]:
             print(f"\n{made['unusable']:,} records cannot be used: `jaxvlm data verify` says why.")
@@ -146,6 +148,34 @@ def stats(argv: Sequence[str]) -> int:
             _write_lines(folder / f"{name}.json", [json.dumps(made, indent=1)])
             _write_lines(folder / f"{name}.html", [stats_page(stage.name, _facts(stage), made)])
             print(f"\nWritten to {folder / name}.json and .html")
+    return 0
+
+
+def convert(argv: Sequence[str]) -> int:
+    """Write a data set as ArrayRecord shards, images inside; goes on where it was stopped."""
+    parser = _parser(
+        "convert", convert.__doc__, "All records are written, whatever part of them a config uses.", out=True
+    )
+    parser.add_argument("--shards", type=int, metavar="N", help="default: one for each 8,192 records, about 1 GB")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    parser.add_argument("--quarantine", default="", metavar="FILE", help="leave out the records that this list names")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out, and list, what cannot be converted")
+    options, stages = _parsed(parser, argv)
+    from jaxvlm.data.tools.convert import convert as convert_source
+
+    sources = _each_source(stages)
+    if len(sources) > 1 and len({source.name for source in sources}) < len(sources):
+        raise ConfigError("Each source gets the folder OUT/NAME, so they need different names; or choose a --stage.")
+    for source in sources:
+        out = Path(options.out, source.name) if len(sources) > 1 else Path(options.out)
+        more = {name: getattr(options, name) for name in ("shards", "workers", "quarantine", "skip_bad")}
+        made = convert_source(source, out, **more)
+        size = sum(shard["bytes"] for shard in made["shards"]) / 1e9
+        images = f"{made['images']:,} images, {len(made['shards']):,} shards, {size:.2f} GB"
+        print(f"{out}: {made['records']:,} records with {images}.")
+        if (out / "left_out.jsonl").is_file():
+            print(f"{out}/left_out.jsonl lists what was left out, and why.")
+        print(f"Check it with: jaxvlm data verify {out}")
     return 0
 
 
@@ -197,15 +227,15 @@ def _facts(stage: Chosen) -> str:
 # -------------------------------------------------------------------------------------------------------- what is chosen
 
 
-def _parser(verb: str, about: str | None, more: str = "") -> argparse.ArgumentParser:
+def _parser(verb: str, about: str | None, more: str = "", out: bool = False) -> argparse.ArgumentParser:
+    where = " OUT" * out
+    usage = f"jaxvlm data {verb} (PATH{where} --images FOLDER | --config CONFIG [--stage NAME]{where}) [options]"
     parser = argparse.ArgumentParser(
-        prog=f"jaxvlm data {verb}",
-        description=f"{about} {more}",
-        allow_abbrev=False,
-        usage=f"jaxvlm data {verb} (PATH --images FOLDER | --config CONFIG [--stage NAME]) [options]",
+        prog=f"jaxvlm data {verb}", usage=usage, description=f"{about} {more}", allow_abbrev=False
     )
-    parser.add_argument("path", nargs="?", metavar="PATH", help="a data set")
-    parser.add_argument("--images", default="", metavar="FOLDER", help="what the image names in it are relative to")
+    parser.add_argument("paths", nargs="*", metavar="PATH", help=f"a data set{' and the folder to write' * out}")
+    parser.set_defaults(takes_out=out)
+    parser.add_argument("--images", default="", metavar="FOLDER", help="what its image names are relative to (default: .)")
     parser.add_argument("--config", metavar="CONFIG", help="take the sources of this config, and its settings")
     parser.add_argument("--stage", metavar="NAME", help="one stage of the config (default: all; inspect: the last)")
     return parser
@@ -219,17 +249,23 @@ def _tokenizing(parser: argparse.ArgumentParser) -> None:
 
 def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[Chosen]]:
     """The options, and the stages that are meant; of a PATH a single one."""
-    options, overrides = parser.parse_known_args(argv)
+    options, overrides = parser.parse_known_intermixed_args(argv)
     strange = [arg for arg in overrides if not arg.startswith("--config.") or not options.config]
     if strange:
         raise ConfigError(f"Unknown argument '{strange[0]}'. `{parser.prog} --help` lists what there is.")
-    if bool(options.path) == bool(options.config):
-        raise ConfigError(f"Give a PATH, or --config CONFIG. `{parser.prog} --help` says more.")
+    wanted = [*([] if options.config else ["PATH"]), *(["OUT"] if options.takes_out else [])]
+    if len(options.paths) != len(wanted):
+        missing = " and ".join(wanted) or "no PATH beside --config"
+        raise ConfigError(
+            f"Give {missing}{' (or --config CONFIG)' * (not options.config)}. `{parser.prog} --help` says more."
+        )
+    options.out = options.paths.pop() if options.takes_out else getattr(options, "out", None)
     if options.config:
         return options, _stages(options, overrides)
     if options.stage:
         raise ConfigError("--stage goes with --config.")
-    source = SourceConfig(name=Path(options.path).name.split(".")[0], path=options.path, images=options.images)
+    (path,) = options.paths
+    source = SourceConfig(name=Path(path).name.split(".")[0], path=path, images=options.images)
     prompt = PromptConfig(
         tokenizer=getattr(options, "tokenizer", ""), template=getattr(options, "template", "vicuna_v1")
     )
@@ -269,7 +305,12 @@ def _write_lines(path: Path, lines) -> None:
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-VERBS: dict[str, Callable[[Sequence[str]], int]] = {"verify": verify, "inspect": inspect, "stats": stats}
+VERBS: dict[str, Callable[[Sequence[str]], int]] = {
+    "verify": verify,
+    "inspect": inspect,
+    "stats": stats,
+    "convert": convert,
+}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -18,6 +18,7 @@ from jaxvlm.config import SourceConfig
 from jaxvlm.data import DataError
 from jaxvlm.data.conversation import IMAGE_MARK, encode, record_images, render_record
 from jaxvlm.data.layout import Spliced, splice
+from jaxvlm.data.mixture import prepared
 from jaxvlm.data.sources import Source
 from jaxvlm.data.table import Splicing
 from jaxvlm.data.tiles import ImagePlan, image_plans
@@ -69,7 +70,7 @@ class Viewer:
         made = Sample(config.name or config.path, number, None)
         record = None
         try:
-            record = source[number]
+            record = prepared(source[number], config)
             made.identity = record.get("id") if isinstance(record, dict) else None
             names = record_images(record) if isinstance(record, dict) else []
             made.images = [(name, look(source, name), 0) for name in names]

@@ -16,7 +16,8 @@ from jaxvlm.config import SourceConfig
 from jaxvlm.data import DataError, llava_mix
 from jaxvlm.data.conversation import Encoded, encode_all, record_images, render_record
 from jaxvlm.data.layout import splice
-from jaxvlm.data.packing import plan
+from jaxvlm.data.mixture import choose, prepared
+from jaxvlm.data.packing import plan, slots_needed
 from jaxvlm.data.sources import Source
 from jaxvlm.data.tiles import image_plans
 from jaxvlm.data.tools.findings import text_table
@@ -47,11 +48,12 @@ class Measured(NamedTuple):
 
 
 def measure(sources: Sequence[tuple[SourceConfig, Source]], viewer: Viewer, count: int | None, seed: int) -> Measured:
-    """Reads all records of the sources, or `count` of them drawn at random, with the headers of their images.
+    """Reads the records that the sources' settings choose, as often as they do, with the headers of their images.
 
-    Raises `DataError` if none can be used.
+    With a `count` so many of them, drawn at random. Raises `DataError` if none can be used.
     """
-    places = np.concatenate([np.stack([np.full(len(s), k), np.arange(len(s))], 1) for k, (_, s) in enumerate(sources)])
+    chosen = [np.repeat(np.arange(len(source)), choose(source, config, seed)) for config, source in sources]
+    places = np.concatenate([np.stack([np.full(len(numbers), k), numbers], 1) for k, numbers in enumerate(chosen)])
     if count is not None and count < len(places):
         places = places[np.sort(np.random.default_rng(seed).permutation(len(places))[:count])]
     columns, sizes, names = [], [], {}
@@ -77,7 +79,7 @@ def measure(sources: Sequence[tuple[SourceConfig, Source]], viewer: Viewer, coun
 
 def _rows(chunk: list, sources: Sequence, viewer: Viewer) -> list[dict]:
     """What is measured of each record of a chunk that can be used."""
-    records = [_read(sources[k][1], number) for k, number in chunk]
+    records = [_read(*sources[k], number) for k, number in chunk]
     usable = [i for i, record in enumerate(records) if record is not None]
     uses = [(i, name) for i in usable for name in record_images(records[i])]
     looks = in_threads(lambda use: look(sources[chunk[use[0]][0]][1], use[1], quick=True), uses, os.cpu_count() or 1)
@@ -98,12 +100,11 @@ def _rows(chunk: list, sources: Sequence, viewer: Viewer) -> list[dict]:
     return rows
 
 
-def _read(source: Source, number: int) -> dict | None:
+def _read(config: SourceConfig, source: Source, number: int) -> dict | None:
     try:
-        record = source[number]
+        record = prepared(source[number], config)
         record_images(record)
-        render_record(record, "vicuna_v1")
-    except (DataError, AttributeError):
+    except (DataError, AttributeError):  # also of what is no record at all
         return None
     return record
 
@@ -113,7 +114,10 @@ def _counted(text: Encoded | DataError | dict, sizes: list, viewer: Viewer) -> d
     if isinstance(text, DataError):
         return None
     if not viewer.tokenizer:
-        rendered = render_record(text, viewer.template, viewer.layout)
+        try:
+            rendered = render_record(text, viewer.template, viewer.layout)
+        except DataError:
+            return None
         supervised = sum(len(rendered.text[a:b].split()) for a, b in rendered.spans)
         words = len(rendered.text.split())
         return dict(length=words, supervised=supervised, images=len(sizes), tiles=len(sizes), cut=False)
@@ -139,7 +143,7 @@ def _groups(names: list[tuple[int, str]], used: np.ndarray, sources: Sequence) -
     numbers = []
     for k, part in names:
         title = sources[k][0].name or sources[k][0].path
-        if llava_mix.looks_like(parts[k]):
+        if sources[k][0].mix or llava_mix.looks_like(parts[k]):
             title = f"{title}: {part}" if len(sources) > 1 else part
         numbers.append(titles.setdefault(title, len(titles)))
     return list(titles), np.asarray(numbers)
@@ -148,10 +152,10 @@ def _groups(names: list[tuple[int, str]], used: np.ndarray, sources: Sequence) -
 # ------------------------------------------------------------------------------------------------------------- summed up
 
 
-def summary(measured: Measured, row_length: int, tiles_per_row: int | None) -> dict:
+def summary(measured: Measured, row_length: int, tiles_per_row: int) -> dict:
     """Numbers for JSON, the table and the page: of every group and of all together.
 
-    `packed_fill` is the part of its rows of `row_length` tokens and `tiles_per_row` tiles (None: as many as suit the data)
+    `packed_fill` is the part of its rows of `row_length` tokens and `tiles_per_row` tiles (0: as many as suit it)
     that a group would fill if it were packed by itself, `unpacked_fill` with one conversation a row. Words have neither.
     """
     counts = np.bincount(measured.group, minlength=len(measured.groups))
@@ -207,12 +211,12 @@ def _pictures(sizes: np.ndarray) -> dict:
     }
 
 
-def _fill(length: np.ndarray, tiles: np.ndarray, row_length: int, tiles_per_row: int | None) -> dict:
+def _fill(length: np.ndarray, tiles: np.ndarray, row_length: int, tiles_per_row: int) -> dict:
     """How full rows would be, of tokens and of tile slots."""
     order = np.random.default_rng(0).permutation(len(length))[:PACKED]
     length, tiles = length[order], tiles[order]
-    slots = tiles_per_row or max(int(tiles.max()), 1)
-    rows = len(plan(length, tiles, row_length, slots, 0))
+    slots = tiles_per_row or slots_needed(length, tiles, row_length)
+    rows = len(plan(length, tiles, row_length, slots))
     return {
         "packed_fill": float(length.sum() / (rows * row_length)),
         "packed_tile_fill": float(tiles.sum() / (rows * slots)),

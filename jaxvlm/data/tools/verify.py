@@ -6,6 +6,7 @@ hashes are kept, so that ten million of them fit.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import warnings
@@ -18,16 +19,24 @@ from typing import Any
 
 import numpy as np
 
-from jaxvlm.config import SourceConfig
+from jaxvlm.config import DataConfig, ModelConfig, PromptConfig, SourceConfig
 from jaxvlm.data import DataError, llava_mix
-from jaxvlm.data.conversation import record_images, render_record
+from jaxvlm.data.bad import reasons
+from jaxvlm.data.conversation import check_template, record_images, render_record
 from jaxvlm.data.image import MAX_PIXELS
+from jaxvlm.data.loader import cache_folder
+from jaxvlm.data.mixture import check_sources
+from jaxvlm.data.samples import usable
 from jaxvlm.data.sources import Source, open_source
+from jaxvlm.data.table import cached_table, splicing_for
+from jaxvlm.data.tiles import tiling
+from jaxvlm.data.tokenizer import Tokenizer
 from jaxvlm.data.tools import repair
 from jaxvlm.data.tools.findings import Finding, show, some, text_table
 from jaxvlm.data.tools.images import FAULTS, Look, in_threads, look, misnamed
 from jaxvlm.progress import Progress
 
+TEMPLATE = "vicuna_v1"  # with which the form of a conversation is checked: it has a place for everything
 SMALL = 14  # pixels on a side: less than one patch
 LARGE = 25_000_000  # pixels: decoding one takes most of a second
 FOLDERS_SHOWN = 8
@@ -43,6 +52,10 @@ class Verified:
     fetch: list[str] = field(default_factory=list)
     findings: list[tuple[str, list[Finding]]] = field(default_factory=list)
 
+    def show(self, out: Callable[[str], Any]) -> None:
+        for title, findings in self.findings:
+            show(title, findings, out)
+
     @property
     def problems(self) -> list[Finding]:
         return [finding for _, findings in self.findings for finding in findings if finding.mark == "problem"]
@@ -51,7 +64,6 @@ class Verified:
 def verify(
     config: SourceConfig,
     *,
-    template: str = "vicuna_v1",
     quick: bool = False,
     workers: int | None = None,
     out: Callable[[str], Any] = print,
@@ -62,7 +74,7 @@ def verify(
     """
     source = open_source(config)
     out(f"{config.path}: {len(source):,} records")
-    records = _read_records(source, template)
+    records = _read_records(source)
     with warnings.catch_warnings():  # PIL's warnings of odd but readable files
         warnings.simplefilter("ignore")
         images = _Images(source, records, quick, workers or os.cpu_count() or 1)
@@ -77,9 +89,35 @@ def verify(
     if len(images.looks):
         found.findings.append(("Images", images.findings(config.images)))
     _show_mix(records, found, out)
-    for title, findings in found.findings:
-        show(title, findings, out)
+    found.show(out)
     return found
+
+
+def verify_stage(
+    name: str, data: DataConfig, prompt: PromptConfig, model: ModelConfig, seed: int, known: set[tuple[str, int]]
+) -> Verified:
+    """Tokenises and measures a stage's records as its training will, which keeps them for it, and finds what it would refuse.
+
+    `known` are (file, record) of records that are known to be bad. Raises `DataError` for settings that do not go together.
+    """
+    tokenizer = Tokenizer(prompt.tokenizer)
+    check_template(tokenizer, prompt.template)
+    check_sources(data.sources)
+    splicing = splicing_for(prompt, tokenizer, tiling(model, prompt), data.tiles_per_row)
+    cache = cache_folder() / "tables"
+    tables = [cached_table(one, prompt.template, splicing, tokenizer, seed, cache, print) for one in data.sources]
+    found = usable(dataclasses.replace(data, quarantine=""), tables)
+    bad = [entry for entries in found.skipped.values() for entry in entries]
+    new = [entry for entry in bad if (entry["file"], entry["record"]) not in known]
+    finding = Finding("ok", "records", f"{sum(found.records.values()):,} to train on")
+    if new:
+        advice = [f"{count:,} x {reason}" for reason, count in list(reasons(new).items())[:5]]
+        finding = Finding(
+            "problem", "records", f"{len(new):,} that training refuses, beside those above", tuple(advice)
+        )
+    made = Verified(sum(found.records.values()), new, findings=[(f"As trained on in {name}", [finding])])
+    made.show(print)
+    return made
 
 
 # ------------------------------------------------------------------------------------------------------------- records
@@ -95,12 +133,12 @@ class _Records:
         self.text_only = self.empty_answers = 0
 
 
-def _read_records(source: Source, template: str) -> _Records:
+def _read_records(source: Source) -> _Records:
     kept = _Records()
     with Progress("records", len(source), "read") as progress:
         for number in range(len(source)):
             try:
-                _read_record(source[number], number, template, kept)
+                _read_record(source[number], number, kept)
             except DataError as error:
                 kept.bad[number] = (str(error), "")
             if number % 256 == 255 or number == len(source) - 1:
@@ -108,7 +146,7 @@ def _read_records(source: Source, template: str) -> _Records:
     return kept
 
 
-def _read_record(record: Any, number: int, template: str, kept: _Records) -> None:
+def _read_record(record: Any, number: int, kept: _Records) -> None:
     """Notes one record. Raises `DataError` if it cannot be used whatever its images are."""
     if isinstance(record, dict):
         images = record_images(record)
@@ -116,12 +154,12 @@ def _read_record(record: Any, number: int, template: str, kept: _Records) -> Non
         kept.text_only += not images
         if record.get("id") is not None:
             kept.ids.append(_hash(repr(record["id"])))
-        kept.contents.append(_hash(repr((images, record.get("conversations")))))
+        kept.contents.append(_hash(repr((record.get("image_file", images), record.get("conversations")))))
         for place, name in enumerate(images):
             kept.images.append(_hash(name))
             kept.owner.append(number)
             kept.place.append(place)
-    rendered = render_record(record, template)
+    rendered = render_record(record, TEMPLATE)
     answers = [turn.get("value", turn.get("content")) for turn in record["conversations"][1::2]]
     kept.empty_answers += not all(answers) and bool(rendered.spans)
 
