@@ -235,7 +235,9 @@ def _parser(verb: str, about: str | None, more: str = "", out: bool = False) -> 
     )
     parser.add_argument("paths", nargs="*", metavar="PATH", help=f"a data set{' and the folder to write' * out}")
     parser.set_defaults(takes_out=out)
-    parser.add_argument("--images", default="", metavar="FOLDER", help="what its image names are relative to (default: .)")
+    parser.add_argument(
+        "--images", default="", metavar="FOLDER", help="what its image names are relative to (default: .)"
+    )
     parser.add_argument("--config", metavar="CONFIG", help="take the sources of this config, and its settings")
     parser.add_argument("--stage", metavar="NAME", help="one stage of the config (default: all; inspect: the last)")
     return parser

@@ -1,7 +1,8 @@
 """`jaxvlm data convert`: any source as ArrayRecord shards with the images inside, written by several processes.
 
-A shard holds a range of the source's records and gets its name when it is whole, with a note beside it of what was left out.
-So a conversion that was stopped goes on where it was, and one that met bad records keeps all the shards without them.
+The shards are written in the folder OUT.unfinished, which becomes OUT when it is whole. A shard holds a range of the source's
+records and gets its name when it is whole, with a note beside it of what was left out. So a conversion that was stopped goes on
+where it was, and one that met bad records keeps all the shards without them.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from jaxvlm.data.tools.verify import TEMPLATE
 from jaxvlm.progress import Progress
 
 SHARD = 8192  # records: about 1 GB with photographs
-PLAN = "unfinished.json"  # what a conversion is of, until it is whole
+PLAN = "plan.json"  # what an unfinished conversion is of
 LEFT_OUT = "left_out.jsonl"
 
 
@@ -77,23 +78,24 @@ def convert(
     """
     source = open_source(config)
     fingerprint = json.loads(json.dumps(source.fingerprint()))
-    if (out / MANIFEST).is_file():
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         return _finished(out, fingerprint)
+    work = out.with_name(f"{out.name}.unfinished")
     listed = read_quarantine(quarantine, [config])[0] if quarantine else {}
     for number, entry in listed.items():
         check_identity(entry, _identity(source, number), quarantine)
     count = shards or -(-len(source) // SHARD)
     if not 0 < count <= len(source):
         raise DataError(f"{len(source):,} records do not make {count:,} shards.")
-    _claim(out, {"source": config.path, "fingerprint": fingerprint, "shards": count})
-    jobs = list(_jobs(config, len(source), out, count, listed, skip_bad))
+    _claim(work, {"source": config.path, "fingerprint": fingerprint, "shards": count})
+    jobs = list(_jobs(config, len(source), work, count, listed, skip_bad))
     open_jobs = [job for job in jobs if not _is_done(job)]
     if len(open_jobs) < len(jobs):
         print(f"{len(jobs) - len(open_jobs):,} of {len(jobs):,} shards are there already.")
     bad = _run(open_jobs, source, min(workers or os.cpu_count() or 1, len(open_jobs)))
     if bad:
-        raise BadRecords(sorted(bad, key=lambda entry: entry["record"]), out)
-    return _finish(source, out, jobs)
+        raise BadRecords(sorted(bad, key=lambda entry: entry["record"]), work)
+    return _finish(source, work, out, jobs)
 
 
 def _jobs(config: SourceConfig, records: int, out: Path, count: int, listed: dict, skip_bad: bool) -> Iterator[Job]:
@@ -112,17 +114,20 @@ def _identity(source: Source, number: int) -> object:
 
 
 def _finished(out: Path, fingerprint: list) -> dict:
-    manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+    """The manifest of a set that is there already. Raises `DataError` if it is not of this source."""
+    try:
+        manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{out} is there already, and no set of shards. Give a new folder.") from error
     if manifest.get("source", {}).get("fingerprint") != fingerprint:
         raise DataError(f"{out} holds the shards of another source, or of an older state of it. Give another folder.")
-    print(f"{out} is whole already; remove it to convert anew.")
+    print(f"{out} is there already; remove it to convert anew.")
     return manifest
 
 
-def _claim(out: Path, plan: dict) -> None:
-    """Makes the folder this conversion's own, or goes on with it. Raises `DataError` if it is something else."""
-    out.mkdir(parents=True, exist_ok=True)
-    file = out / PLAN
+def _claim(work: Path, plan: dict) -> None:
+    """Makes the folder this conversion's own, or goes on with it. Raises `DataError` if it is of another."""
+    file = work / PLAN
     if file.is_file():
         old = json.loads(file.read_text(encoding="utf-8"))
         if old != plan:
@@ -130,14 +135,13 @@ def _claim(out: Path, plan: dict) -> None:
                 "number of shards" if old["fingerprint"] == plan["fingerprint"] else "source, or an older state of it"
             )
             raise DataError(
-                f"{out} holds a part of a conversion with another {what} ({old['source']}, {old['shards']} shards)."
+                f"{work} holds a part of a conversion with another {what} ({old['source']}, {old['shards']} shards)."
                 " Remove it, or give another folder."
             )
-    elif any(out.iterdir()):
-        raise DataError(f"{out} is not empty. Give a new folder for the shards.")
     else:
+        work.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(plan), encoding="utf-8")
-    for left in out.glob(".unfinished-*"):
+    for left in work.glob(".unfinished-*"):
         left.unlink()
 
 
@@ -149,18 +153,19 @@ def _is_done(job: Job) -> bool:
     return note["quarantined"] == sorted(job.quarantine) and (job.skip_bad or not note["skipped"])
 
 
-def _finish(source: Source, out: Path, jobs: list[Job]) -> dict:
-    """Lists what was left out, writes the manifest, and takes away what only an unfinished conversion needs."""
+def _finish(source: Source, work: Path, out: Path, jobs: list[Job]) -> dict:
+    """Lists what was left out, writes the manifest, takes away what only an unfinished conversion needs, and renames it."""
     left_out = []
     for job in jobs:
         left_out += [*job.quarantine.values(), *json.loads(job.note.read_text(encoding="utf-8"))["skipped"]]
     if left_out:
         lines = (json.dumps(entry, ensure_ascii=False) for entry in sorted(left_out, key=lambda entry: entry["record"]))
-        (out / LEFT_OUT).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    manifest = write_manifest(out, [job.path.name for job in jobs], source)
+        (work / LEFT_OUT).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    manifest = write_manifest(work, [job.path.name for job in jobs], source)
     for job in jobs:
         job.note.unlink()
-    (out / PLAN).unlink()
+    (work / PLAN).unlink()
+    work.rename(out)
     return manifest
 
 

@@ -36,6 +36,15 @@ class Run(NamedTuple):
     supervised: bool
 
 
+class Picture(NamedTuple):
+    """An image of a sample."""
+
+    name: str  # by which its source gives it
+    title: str  # what it is called
+    seen: Look
+    tokens: int = 0
+
+
 @dataclass
 class Sample:
     """One record as it is trained on. Without a tokenizer the runs are the rendered text, and there are no counts."""
@@ -44,7 +53,7 @@ class Sample:
     number: int
     identity: object
     runs: list[Run] = field(default_factory=list)
-    images: list[tuple[str, Look, int]] = field(default_factory=list)  # name, what was seen, visual tokens
+    images: list[Picture] = field(default_factory=list)
     length: int | None = None  # tokens, visual ones included
     visual: int = 0
     supervised: int = 0
@@ -72,14 +81,16 @@ class Viewer:
         try:
             record = prepared(source[number], config)
             made.identity = record.get("id") if isinstance(record, dict) else None
-            names = record_images(record) if isinstance(record, dict) else []
-            made.images = [(name, look(source, name), 0) for name in names]
+            if isinstance(record, dict):
+                names = record_images(record)
+                titles = record_images(record | {"image": record["image_file"]}) if "image_file" in record else names
+                made.images = [Picture(*both, look(source, both[0])) for both in zip(names, titles, strict=True)]
             if self.tokenizer:
                 self._tokens(record, made)
             else:
                 rendered = render_record(record, self.template, self.layout)
                 made.runs = list(_rendered_runs(rendered))
-            made.error = made.error or next((seen.reason for _, seen, _ in made.images if seen.fault), "")
+            made.error = made.error or next((one.seen.reason for one in made.images if one.seen.fault), "")
         except DataError as error:
             made.error, made.runs = str(error), [Run("text", _written(record), False)]
         return made
@@ -87,8 +98,8 @@ class Viewer:
     def _tokens(self, record: dict, made: Sample) -> None:
         encoded = encode(record, self.tokenizer, self.template, self.layout)
         tiling, settings = self.splicing.tiling, self.splicing.settings
-        plans = image_plans(tiling, [(1, 1) if seen.fault else seen.size for _, seen, _ in made.images])
-        made.images = [(name, seen, len(plan.index)) for (name, seen, _), plan in zip(made.images, plans, strict=True)]
+        plans = image_plans(tiling, [(1, 1) if one.seen.fault else one.seen.size for one in made.images])
+        made.images = [one._replace(tokens=len(plan.index)) for one, plan in zip(made.images, plans, strict=True)]
         whole = splice(encoded, plans, **settings | {"length": None})
         spliced = splice(encoded, plans, **settings)
         if spliced is None:
@@ -163,8 +174,8 @@ INKS = {"supervised": "1;32", "image": "7", "special": "4", "quiet": "2", "error
 def show_sample(sample: Sample, out: Callable[[str], Any], colour: bool) -> None:
     """Prints a sample: its counts, then the text with what is supervised in colour, or between [[ and ]]."""
     out(_ink(f"--- {visible(sample.title)}", "quiet", colour))
-    for i, (name, seen, tokens) in enumerate(sample.images, start=1):
-        out(f"    image {i}   {visible(name)}: {image_facts(seen, tokens)}")
+    for i, image in enumerate(sample.images, start=1):
+        out(f"    image {i}   {visible(image.title)}: {image_facts(image)}")
     if sample.length is not None:
         out(f"    {counts(sample)}")
     for note in sample.notes:
@@ -206,11 +217,12 @@ def visible(text: str) -> str:
     return text.replace("\n", "\u21b5\n")
 
 
-def image_facts(seen: Look, tokens: int) -> str:
+def image_facts(image: Picture) -> str:
     """'640 x 480, JPEG, 576 tokens'."""
+    seen = image.seen
     if seen.fault:
         return seen.fault
-    return f"{seen.size[0]} x {seen.size[1]}, {seen.kind}" + (f", {tokens:,} tokens" if tokens else "")
+    return f"{seen.size[0]} x {seen.size[1]}, {seen.kind}" + (f", {image.tokens:,} tokens" if image.tokens else "")
 
 
 def counts(sample: Sample) -> str:

@@ -7,7 +7,7 @@ from html import escape
 
 from jaxvlm.data import DataError
 from jaxvlm.data.image import load_image
-from jaxvlm.data.tools.samples import Run, Sample, counts, image_facts
+from jaxvlm.data.tools.samples import Picture, Run, Sample, counts, image_facts
 from jaxvlm.html import document, picture
 
 
@@ -32,9 +32,7 @@ def contact_sheet(title: str, facts: str, samples: Sequence[tuple[Sample, Callab
 
 
 def _card(sample: Sample, content: Callable) -> str:
-    pictures = "".join(
-        _picture(i, name, seen, tokens, content) for i, (name, seen, tokens) in enumerate(sample.images, 1)
-    )
+    pictures = "".join(_picture(i, image, content) for i, image in enumerate(sample.images, 1))
     lines = [f'<p class="quiet">{counts(sample)}</p>'] if sample.length is not None else []
     lines += [f'<p class="note">{escape(note)}</p>' for note in sample.notes]
     lines += [f'<p class="error">unusable: {escape(sample.error)}</p>'] if sample.error else []
@@ -46,16 +44,16 @@ def _card(sample: Sample, content: Callable) -> str:
     )
 
 
-def _picture(number: int, name: str, seen, tokens: int, content: Callable) -> str:
-    shown = f'<span class="missing">{escape(seen.fault)}</span>'
-    if not seen.fault:
+def _picture(number: int, image: Picture, content: Callable) -> str:
+    shown = f'<span class="missing">{escape(image.seen.fault)}</span>'
+    if not image.seen.fault:
         try:
-            shown = picture(load_image(content(name), name), f"image {number}, {name}")
+            shown = picture(load_image(content(image.name), image.title), f"image {number}, {image.title}")
         except DataError:
             shown = '<span class="missing">does not decode</span>'
     return (
-        f'<figure>{shown}<figcaption><span class="image">image {number}</span> {escape(name)}<br>'
-        f'<span class="quiet">{escape(image_facts(seen, tokens))}</span></figcaption></figure>'
+        f'<figure>{shown}<figcaption><span class="image">image {number}</span> {escape(image.title)}<br>'
+        f'<span class="quiet">{escape(image_facts(image))}</span></figcaption></figure>'
     )
 
 
