@@ -267,7 +267,7 @@ def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argpa
     if options.stage:
         raise ConfigError("--stage goes with --config.")
     (path,) = options.paths
-    source = SourceConfig(name=Path(path).name.split(".")[0], path=path, images=options.images)
+    source = SourceConfig(name=Path(path).name.split(".")[0], path=path, images=options.images or ".")
     prompt = PromptConfig(
         tokenizer=getattr(options, "tokenizer", ""), template=getattr(options, "template", "vicuna_v1")
     )

@@ -264,8 +264,8 @@ def test_thumbnails_are_small(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["inspect"], ["Give a PATH", "--config"]),
-        (["inspect", "{mix}", "--config", "x.py"], ["Give a PATH"]),
+        (["inspect"], ["Give PATH (or --config CONFIG)"]),
+        (["inspect", "{mix}", "--config", "x.py"], ["Give no PATH beside --config"]),
         (["inspect", "{mix}", "--stage", "a"], ["--stage goes with --config"]),
         (["inspect", "{mix}", "--sample", "30"], ["There is no record 30", "has 30, from 0 on"]),
         (["inspect", "{mix}", "--source", "other"], ["no source 'other'", "'mix'"]),

@@ -193,7 +193,18 @@ def test_other_endings_archives_and_what_to_fetch(mix, capsys):
     assert "There as *.GIF: 1 of 1." in out
     assert f"{data}/gqa/images.zip may hold it, not unpacked yet." in out
     assert "The folder holds 3 files; a complete one has 25,119." in out and "train_val_images.zip" in out
-    assert run(mix, "--images", str(data / "nowhere"), capsys=capsys)[1].count("There is no folder") == 6
+
+
+def test_the_wrong_folder_of_images(mix, tmp_path, capsys):
+    out = run(mix, "--images", str(tmp_path / "nowhere"), capsys=capsys)[1]
+    assert out.count("problem missing") == 1 and f"They lie in {mix.parent}: give --images {mix.parent}" in out
+    mix = mix.rename(tmp_path / "mix.json")
+    code, out = run(mix, "--images", str(tmp_path / "nowhere"), capsys=capsys)
+    assert f"They lie in {tmp_path / 'data'}" in out
+    (tmp_path / "data").rename(tmp_path / "elsewhere")
+    code, out = run(mix, "--images", str(tmp_path / "nowhere"), capsys=capsys)
+    assert code == 1 and f"There is no folder {tmp_path}/nowhere" in out and out.count("problem missing") == 1
+    assert run(mix, capsys=capsys)[1].count("There is no folder") == 6
 
 
 # ------------------------------------------------------------------------------------------------------------ the looks

@@ -41,11 +41,21 @@ def by_folder(names: Sequence[str]) -> dict[str, list[str]]:
     return dict(sorted(folders.items(), key=lambda item: -len(item[1])))
 
 
+def images_folder(images: str, path: str, names: Sequence[str]) -> list[str]:
+    """What to do if every image is missing, as where `images` is a wrong folder; [] if that is not the reason."""
+    beside = [Path(path).absolute().parent, Path(path).absolute().parent.parent]
+    places = [place for above in beside for place in (above, above / "images", above / "data")]
+    right = next((place for place in places if any((place / name).is_file() for name in names[:100])), None)
+    if right:
+        return [f"They lie in {right}: give --images {right} (in a config the source's `images`)."]
+    if not Path(images).is_dir():
+        return [f"There is no folder {images}; --images (a source's `images`) is what the image names are relative to."]
+    return []
+
+
 def missing_advice(images: str, folder: str, names: Sequence[str]) -> list[str]:
     """How to come by the missing images `names` of `folder`, a folder of `images`: one sentence a line."""
     root, home = Path(images), Path(images, folder)
-    if not root.is_dir():
-        return [f"There is no folder {images}: --images (a source's `images`) is what the image names are relative to."]
     there = None if home.is_dir() else _elsewhere(root, folder)
     if there:
         return [f"It lies in {there}: mkdir -p '{home.parent}' && ln -s '{there.resolve()}' '{home}'"]

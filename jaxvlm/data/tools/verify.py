@@ -267,6 +267,11 @@ class _Images:
         what = "have a readable header" if self.quick else "decode"
         mark = "ok" if good == len(self.looks) else "problem"
         findings = [Finding(mark, "images", f"{good:,} of {len(self.looks):,} {what}")]
+        missing = self.faults["missing"]
+        if len(missing) == len(self.looks) and self.source.image_file(self.name(0)) is not None:
+            advice = repair.images_folder(folder, self.source.path, [self.name(i) for i in missing])
+            if advice:
+                return [*findings, Finding("problem", "missing", "all of them", tuple(advice))]
         for fault, numbers in self.faults.items():
             if numbers:
                 findings += self._fault(fault, [self.name(i) for i in numbers], folder)
