@@ -55,12 +55,15 @@ class Progress:
     def __init__(self, verb: str, total: int, unit: str, out: TextIO | None = None):
         self.verb, self.total, self.unit = verb, total, unit
         self.done, self.start, self.line = 0, time.monotonic(), StatusLine(out or sys.stderr)
-        self.line.shown = self.start  # what is done in seconds needs no line but the last, where none rewrites itself
+        self.shown = self.line.shown = self.start  # what is done in seconds needs no line but the last, where none rewrites itself
 
     def add(self, count: int = 1) -> None:
         """`count` more are done."""
         self.done += count
-        seconds = max(time.monotonic() - self.start, 1e-9)
+        now = time.monotonic()
+        if now - self.shown < 0.1 or self.done >= self.total:  # the last line is that of the end
+            return
+        self.shown, seconds = now, now - self.start
         left = duration((self.total - self.done) * seconds / self.done) if self.done else "?"
         rate = self.done / seconds
         self.line.show(f"{self.verb} {self.done:,}/{self.total:,} {self.unit}  {rate:,.0f}/s  {left} left")
