@@ -242,7 +242,8 @@ def summary_table(made: dict) -> list[str]:
         row += [f"{length['max']:,}", percent(group["supervised_share"]), f"{group['images']:,}"]
         row += ["{:.0f} x {:.0f}".format(*size["median"]) if size else "-", f"{group['cut']:,}"]
         if packed:
-            row += [percent(group["packed_fill"]), percent(group["packed_tile_fill"]), percent(group["unpacked_fill"])]
+            tiles = percent(group["packed_tile_fill"]) if group["images"] else "-"
+            row += [percent(group["packed_fill"]), tiles, percent(group["unpacked_fill"])]
         rows.append(row)
     return text_table(heads + ["packed", "tiles", "unpacked"] * packed, rows)
 

@@ -61,7 +61,8 @@ def _table(made: dict) -> str:
         cells += [f"{length['max']:,}", percent(group["supervised_share"]), f"{group['images']:,}"]
         cells += ["{:.0f}&#8239;x&#8239;{:.0f}".format(*size["median"]) if size else "&ndash;", f"{group['cut']:,}"]
         if packed:
-            cells += [percent(group[key]) for key in ("packed_fill", "packed_tile_fill", "unpacked_fill")]
+            tiles = percent(group["packed_tile_fill"]) if group["images"] else "&ndash;"
+            cells += [percent(group["packed_fill"]), tiles, percent(group["unpacked_fill"])]
         rows.append(f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>')
     every = list(made["groups"].values())[-1]
     note = ""
@@ -69,7 +70,7 @@ def _table(made: dict) -> str:
         note = (
             f'<p class="quiet">Fill: the part of rows of {made["row_length"]:,} tokens that holds something, each source '
             f"packed by itself (the last line: all together), and with one conversation a row. Tile fill: of "
-            f"{every['tiles_per_row']} tile slots a row. Cut: records longer than a row.</p>"
+            f"its tile slots, in the last line {every['tiles_per_row']} a row. Cut: records longer than a row.</p>"
         )
     return f'<section aria-label="Sources">{table("By source", heads, rows)}{note}</section>'
 
