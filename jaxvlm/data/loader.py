@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,13 @@ import numpy as np
 
 from jaxvlm.config import DataConfig, ModelConfig, PromptConfig
 from jaxvlm.data import DataError
+from jaxvlm.data.columns import cache_folder
 from jaxvlm.data.conversation import check_template
 from jaxvlm.data.image import transform_version
 from jaxvlm.data.packing import plan
-from jaxvlm.data.rows import RowReader, Samples
-from jaxvlm.data.sources import image_path, missing_files
-from jaxvlm.data.table import cached_table, open_table, splicing_for, table_images, table_text
+from jaxvlm.data.rows import Plan, RowReader, Samples, saved_plan
+from jaxvlm.data.sources import Source, image_address, image_stats, open_source
+from jaxvlm.data.table import cached_table, missing_image, open_table, splicing_for, table_images, table_text
 from jaxvlm.data.tiles import tiling
 from jaxvlm.data.tokenizer import Tokenizer
 
@@ -72,11 +73,13 @@ class Loader:
         check_template(tokenizer, prompt.template)
         splicing = splicing_for(prompt, tokenizer, tiling(model, prompt), data.tiles_per_row)
         cache = cache_folder(cache_dir) / "tables"
+        self._plans = cache.with_name("plans")
+        self._sources = [open_source(config, cache_dir, log) for config in data.sources]
         self._tables = [
-            cached_table(source, prompt.template, splicing, tokenizer, (seed, i), cache, log)
-            for i, source in enumerate(data.sources)
+            cached_table(source, config, prompt.template, splicing, tokenizer, (seed, i), cache, log)
+            for i, (source, config) in enumerate(zip(self._sources, data.sources, strict=True))
         ]
-        self._samples, skipped = _usable_samples(data, self._tables, features)
+        self._samples, skipped = _usable_samples(data, self._sources, self._tables, features)
         default = cache / f"skipped-{hashlib.sha256(str(self._tables).encode()).hexdigest()[:16]}.jsonl"
         self.skipped_path = _report(skipped, data, skipped_path or default, write=process_index == 0)
         self._skipped = skipped
@@ -94,11 +97,10 @@ class Loader:
         self.fingerprint = hashlib.sha256(key.encode()).hexdigest()[:16]
         self._reader = RowReader(
             tables=self._tables,
-            samples=self._samples,
-            rows=self._rows,
-            row_offsets=self._row_offsets,
-            folders=[source.images for source in data.sources],
+            sources=self._sources,
+            plan=Plan(self._samples.source[self._rows], self._samples.row[self._rows], self._row_offsets),
             splicing=splicing,
+            has_images=bool(self._samples.images.any()),
             skip_bad_images=data.bad_records == "skip",
             features=features,
         )
@@ -111,7 +113,10 @@ class Loader:
         first = self.process_index * rows
         if start_step >= self.num_steps:
             return
-        make = functools.partial(_step_batch, self._reader, self.batch_size, first, rows)
+        reader = self._reader
+        if self.data.num_workers:
+            reader = replace(reader, plan=saved_plan(reader.plan, self._plans))
+        make = functools.partial(_step_batch, reader, self.batch_size, first, rows)
         data = grain.MapDataset.range(start_step, self.num_steps).map(make)
         threads = max(1, self.data.num_threads)
         stream = data.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
@@ -130,14 +135,14 @@ class Loader:
             iterator.close()
 
     def image_paths(self) -> list[str]:
-        """The absolute paths of all images that the rows use, sorted, each once."""
+        """The addresses of all images that the rows use (absolute paths, of files; see `image_at`), sorted, each once."""
         paths = set()
-        for i, folder in enumerate(self._tables):
+        for i, (source, folder) in enumerate(zip(self._sources, self._tables, strict=True)):
             table = open_table(folder)
             used = {
                 int(n) for row in self._samples.row[self._samples.source == i] for n in table_images(table, int(row))
             }
-            paths |= {image_path(self.data.sources[i].images, table.image_names[n]) for n in used}
+            paths |= {image_address(source, table.image_names[n]) for n in used}
         return sorted(paths)
 
     def sample(self, i: int) -> dict:
@@ -146,12 +151,13 @@ class Loader:
         """
         source, row = int(self._samples.source[i]), int(self._samples.row[i])
         table, config = open_table(self._tables[source]), self.data.sources[source]
+        names = [table.image_names[n] for n in table_images(table, row).tolist()]
         number = int(table.record[row])
         return {
             "id": table.ids[row],
             "source": config.name or config.path,
             "record": number,
-            "images": [image_path(config.images, table.image_names[int(n)]) for n in table_images(table, row)],
+            "images": [image_address(self._sources[source], name) for name in names],
             "text": table_text(table, row, self.tokenizer),
             "tokens": int(table.lengths[row]),
         }
@@ -226,11 +232,6 @@ def epoch_rows(samples: Samples, data: DataConfig, length: int, seed: int, epoch
     return [queue[i] for i in range(max(map(len, queues))) for queue in queues if i < len(queue)]
 
 
-def cache_folder(cache_dir: str | os.PathLike | None = None) -> Path:
-    """`cache_dir`, or $JAXVLM_CACHE, or ~/.cache/jaxvlm."""
-    return Path(cache_dir or os.environ.get("JAXVLM_CACHE") or Path.home() / ".cache" / "jaxvlm")
-
-
 def _check(data: DataConfig, batch_size: int, steps, epochs, process_index: int, process_count: int) -> None:
     if not data.sources:
         raise DataError("The stage has no data: `data.sources` is empty.")
@@ -244,38 +245,37 @@ def _check(data: DataConfig, batch_size: int, steps, epochs, process_index: int,
         raise DataError(f"batch_size {batch_size} must be a multiple of the {process_count} processes.")
 
 
-def _usable_samples(data: DataConfig, tables: list[str], features) -> tuple[Samples, list[dict]]:
+def _usable_samples(
+    data: DataConfig, sources: Sequence[Source], tables: Sequence[str], features
+) -> tuple[Samples, list[dict]]:
     """All samples whose images are there, and every record that is left out, with its reason."""
     parts, skipped = [], []
-    for i, (config, folder) in enumerate(zip(data.sources, tables, strict=True)):
+    for i, (config, source, folder) in enumerate(zip(data.sources, sources, tables, strict=True)):
         table = open_table(folder)
         skipped += table.bad
-        paths = [image_path(config.images, name) for name in table.image_names]
         if features is None:
-            missing = set(missing_files(paths))
+            missing = image_stats(source, table.image_names)[:, 0] < 0
         else:
-            missing = {n for n, path in enumerate(paths) if path not in features[1]}
+            missing = np.asarray([image_address(source, name) not in features[1] for name in table.image_names], bool)
         counts = table.used_images
         bad_rows = _rows_with(table, missing)
         for row in bad_rows:
-            path = next(paths[n] for n in table_images(table, row) if n in missing)
-            why = {"reason": f"image file {path} is missing or empty", "image": path}
+            name = table.image_names[next(n for n in table_images(table, row) if missing[n])]
             place = {"source": config.name, "file": config.path, "record": int(table.record[row])}
-            skipped.append(place | {"id": table.ids[row]} | why)
+            skipped.append(place | {"id": table.ids[row]} | missing_image(source, name))
         copies = np.array(table.copies)
         copies[bad_rows] = 0
-        rows = np.repeat(np.arange(len(counts)), copies)
+        rows = np.repeat(np.arange(len(counts), dtype=np.int32), copies)
         columns = (table.lengths, counts, table.tiles, table.supervised_tokens, table.dropped_images, table.truncated)
-        parts.append((np.full(len(rows), i), rows, *(column[rows] for column in columns)))
-    return Samples(*(np.concatenate(column).astype(np.int64) for column in zip(*parts, strict=True))), skipped
+        parts.append((np.full(len(rows), i, np.int16), rows, *(column[rows] for column in columns)))
+    return Samples(*(np.concatenate(column) for column in zip(*parts, strict=True))), skipped
 
 
-def _rows_with(table, names: set[int]) -> np.ndarray:
-    """The table's rows that use one of these images."""
-    totals = np.diff(table.image_offsets)
-    owner = np.repeat(np.arange(len(totals)), totals)
-    used = np.arange(len(owner)) - np.asarray(table.image_offsets)[owner] < table.used_images[owner]
-    return np.unique(owner[np.isin(table.images, list(names)) & used])
+def _rows_with(table, names: np.ndarray) -> np.ndarray:
+    """The table's rows that use one of the images that `names` bool [n] marks."""
+    found = np.flatnonzero(names[table.images])
+    owner = np.searchsorted(table.image_offsets, found, side="right") - 1
+    return np.unique(owner[found - table.image_offsets[owner] < table.used_images[owner]])
 
 
 def _report(skipped: list[dict], data: DataConfig, path: str | os.PathLike, write: bool) -> str | None:

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from jaxvlm.data import DataError
+from jaxvlm.data.columns import cached, new_folder, open_array
 from jaxvlm.data.image import load_image
 from jaxvlm.data.packing import assemble
-from jaxvlm.data.sources import image_path
+from jaxvlm.data.sources import Source, image_address
 from jaxvlm.data.table import Splicing, open_table, table_images, table_plans, table_spliced
 from jaxvlm.data.tiles import ImagePlan, image_tiles, pixel_names
 
 
 class Samples(NamedTuple):
-    """Every sample of every source, as columns int64 [n]."""
+    """Every sample of every source, as columns of integers [n]."""
 
     source: np.ndarray
     row: np.ndarray  # in the source's table
@@ -31,31 +34,54 @@ class Samples(NamedTuple):
     truncated: np.ndarray
 
 
+class Plan(NamedTuple):
+    """The records of the run's rows, flat: row r has those from offsets[r] to offsets[r + 1]."""
+
+    source: np.ndarray  # int16 [m]
+    row: np.ndarray  # int32 [m], in the source's table
+    offsets: np.ndarray  # int64 [rows + 1]
+
+
+def saved_plan(plan: Plan, cache: Path) -> str:
+    """A folder with the plan, so that worker processes map it into memory instead of each having a copy."""
+    digest = hashlib.sha256()
+    for array in plan:
+        digest.update(np.ascontiguousarray(array))
+    folder = cached(cache, [digest.hexdigest()])
+    if not folder.is_dir():
+        with new_folder(folder) as new:
+            for name, array in plan._asdict().items():
+                np.save(new / f"{name}.npy", array)
+    return str(folder)
+
+
+@functools.lru_cache(maxsize=4)
+def _opened_plan(folder: str) -> Plan:
+    return Plan(*(open_array(Path(folder) / f"{name}.npy") for name in Plan._fields))
+
+
 @dataclass
 class RowReader:
     """Rows by their number in the run. Picklable: it holds paths and arrays, and reopens memory maps."""
 
     tables: list[str]
-    samples: Samples
-    rows: np.ndarray  # flat sample indices
-    row_offsets: np.ndarray
-    folders: list[str]
+    sources: list[Source]
+    plan: Plan | str  # or the folder of a saved one
     splicing: Splicing
+    has_images: bool
     skip_bad_images: bool
     features: tuple[np.ndarray, Mapping[str, int]] | None
 
     def __post_init__(self):
-        self.has_images = bool(self.samples.images.any())
         self.feature_rows = None
         if self.features is not None:
             array, index = self.features
             self.features = _file_of(array)
             self.feature_rows = [
                 np.asarray(
-                    [index.get(image_path(folder, name), -1) for name in open_table(table).image_names],
-                    np.int64,
+                    [index.get(image_address(source, name), -1) for name in open_table(table).image_names], np.int64
                 )
-                for folder, table in zip(self.folders, self.tables, strict=True)
+                for source, table in zip(self.sources, self.tables, strict=True)
             ]
 
     def batch(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
@@ -64,9 +90,9 @@ class RowReader:
         return {key: np.stack([row[key] for row in made]) for key in made[0]}
 
     def row(self, row: int) -> dict[str, np.ndarray]:
-        inside = row < len(self.row_offsets) - 1
-        chosen = self.rows[self.row_offsets[row] : self.row_offsets[row + 1]] if inside else []
-        places = [(int(self.samples.source[i]), int(self.samples.row[i])) for i in chosen]
+        plan = _opened_plan(self.plan) if isinstance(self.plan, str) else self.plan
+        here = slice(*plan.offsets[row : row + 2]) if row < len(plan.offsets) - 1 else slice(0)
+        places = list(zip(plan.source[here].tolist(), plan.row[here].tolist(), strict=True))
         tables = [open_table(self.tables[source]) for source, _ in places]
         parts = [table_spliced(t, row, self.splicing) for t, (_, row) in zip(tables, places, strict=True)]
         tiling, settings = self.splicing.tiling, self.splicing.settings
@@ -102,9 +128,12 @@ class RowReader:
             return {"features": tiles, "tile_mask": mask}
         made = [np.zeros((slots, size, size, 3), np.uint8) for size, _ in tiling.views]
         for segment, source, name, plan in images:
-            path = image_path(self.folders[source], open_table(self.tables[source]).image_names[name])
+            origin, name = self.sources[source], open_table(self.tables[source]).image_names[name]
+            path = image_address(origin, name)
             try:
-                for view, tiles in zip(made, image_tiles(load_image(path), tiling, plan, path), strict=True):
+                for view, tiles in zip(
+                    made, image_tiles(load_image(origin.image(name), path), tiling, plan, path), strict=True
+                ):
                     view[tile : tile + plan.tiles] = tiles
             except DataError as error:
                 if not self.skip_bad_images:
