@@ -76,7 +76,7 @@ class Loader:
         self._plans = cache.with_name("plans")
         self._sources = [open_source(config, cache_dir, log) for config in data.sources]
         self._tables = [
-            cached_table(source, config, prompt.template, splicing, tokenizer, (seed, i), cache, log)
+            cached_table(source, config, prompt.template, splicing, tokenizer, (seed, i), cache, log, data.num_workers)
             for i, (source, config) in enumerate(zip(self._sources, data.sources, strict=True))
         ]
         self._samples, skipped = _usable_samples(data, self._sources, self._tables, features)

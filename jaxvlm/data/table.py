@@ -16,7 +16,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ from jaxvlm.data.columns import Columns, Log, Texts, cached, new_folder, open_ar
 from jaxvlm.data.conversation import IMAGE_TOKEN, Encoded, encode_all, record_images
 from jaxvlm.data.image import image_size
 from jaxvlm.data.layout import Spliced, splice
+from jaxvlm.data.processes import in_order
 from jaxvlm.data.sources import Source, image_address, image_stats, select
 from jaxvlm.data.tiles import ImagePlan, Tiling, image_plan, image_plans
 from jaxvlm.data.tokenizer import Tokenizer
@@ -72,10 +73,12 @@ def cached_table(
     seed: Sequence[int],
     cache: Path,
     log: Log,
+    processes: int = 0,
 ) -> str:
     """The folder of the source's table, made unless the cache has it for these files, tokenizer and settings.
 
-    There are two: what tokenising gives, and upon it what splicing gives, which is cheap to make anew.
+    There are two: what tokenising gives, and upon it what splicing gives, which is cheap to make anew. A large one is
+    tokenised by `processes` worker processes, if any.
     """
     whole, layout = float(config.fraction).is_integer(), splicing.settings["layout"]
     key = [VERSION, source.fingerprint(), template, layout]
@@ -83,7 +86,8 @@ def cached_table(
     texts = cached(cache, key)
     if not texts.is_dir():
         with new_folder(texts) as new:
-            _encode_records(new, source, config, template, layout, tokenizer, seed, log)
+            encode = _Encode(source, tokenizer, template, layout)
+            _encode_records(new, source, config, encode, seed, processes, log)
 
     base = open_table(str(texts))
     stats = image_stats(source, base.image_names) if splicing.tiling.sized else None
@@ -104,41 +108,70 @@ def _write_meta(folder: Path, meta: dict) -> None:
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
-def _encode_records(new: Path, source: Source, config, template, layout, tokenizer, seed, log) -> None:
+def _encode_records(new: Path, source: Source, config, encode: _Encode, seed, processes: int, log: Log) -> None:
     """Writes what does not depend on the splicing: tokens and labels, image names, and the records that are unusable."""
     indices, copies = np.unique(select(len(source), config.fraction, seed), return_counts=True)
-    if len(indices) > 2000:
-        log(f"{config.name or source.path}: tokenising {len(indices):,} records (kept for the next run)")
-    columns, others = Columns(new), Columns(new)
-    names = _ImageNames(new / "names")
-    said = time.perf_counter()
-    for start in range(0, len(indices), CHUNK):
-        numbers = indices[start : start + CHUNK].tolist()
-        records = [_read(source, number) for number in numbers]
-        encoded = encode_all(records, tokenizer, template, layout)
-        errors = [
-            next((part for part in pair if isinstance(part, DataError)), None)
-            for pair in zip(records, encoded, strict=True)
-        ]
-        kept = [k for k, error in enumerate(errors) if error is None]
-        bad = (
-            _place(config, number, record.get("id") if isinstance(record, dict) else None) | {"reason": str(error)}
-            for number, record, error in zip(numbers, records, errors, strict=True)
-            if error is not None
-        )
+    name, total = config.name or source.path, len(indices)
+    if total > 2000:
+        log(f"{name}: tokenising {total:,} records (kept for the next run)")
+    columns, others, images = Columns(new), Columns(new), _ImageNames(new / "names")
+    chunks = (indices[start : start + CHUNK].tolist() for start in range(0, total, CHUNK))
+    started = said = time.perf_counter()
+    for start, chunk in zip(
+        range(0, total, CHUNK), in_order(encode, chunks, processes if total > 50_000 else 0), strict=True
+    ):
+        records = indices[start : start + CHUNK]
+        bad = (_place(config, int(records[k]), identity) | {"reason": reason} for k, identity, reason in chunk.bad)
         others.append_texts("bad", map(json.dumps, bad))
-        columns.append_texts("ids", (json.dumps(records[k].get("id")) for k in kept))
-        columns.append_parts("tokens", "offsets", [encoded[k].tokens for k in kept], np.int32)
-        columns.append("supervised", np.concatenate([np.zeros(0, bool), *(encoded[k].weights > 0 for k in kept)]))
-        columns.append("record", np.asarray([numbers[k] for k in kept], np.int32))
-        columns.append("copies", copies[start : start + CHUNK][kept].astype(np.int32))
-        names.append([record_images(records[k]) for k in kept])
-        if time.perf_counter() - said > 30:
-            said = time.perf_counter()
-            log(f"{config.name or source.path}: {start + len(numbers):,} of {len(indices):,} records tokenised")
-    names.write(columns)
+        columns.append_texts("ids", map(json.dumps, chunk.ids))
+        columns.append_parts("tokens", "offsets", [one.tokens for one in chunk.encoded], np.int32)
+        columns.append("supervised", np.concatenate([np.zeros(0, bool), *(one.weights > 0 for one in chunk.encoded)]))
+        columns.append("record", records[chunk.kept].astype(np.int32))
+        columns.append("copies", copies[start : start + CHUNK][chunk.kept].astype(np.int32))
+        images.append(chunk.images)
+        now, done = time.perf_counter(), start + len(records)
+        if now - said > 30:
+            said = now
+            log(f"{name}: {done:,} of {total:,} records tokenised, {done / (now - started):,.0f} a second")
+    images.write(columns)
     others.close()
     _write_meta(new, {"digest": columns.close()})
+
+
+class _Chunk(NamedTuple):
+    """Some records, encoded."""
+
+    kept: list[int]  # which of them can be used
+    encoded: list[Encoded]
+    ids: list[Any]
+    images: list[list[str]]
+    bad: list[tuple[int, Any, str]]  # the others: which, its id, the reason
+
+
+@dataclass(frozen=True)
+class _Encode:
+    """Records of a source, by their numbers, encoded; in this process or another."""
+
+    source: Source
+    tokenizer: Tokenizer
+    template: str
+    layout: str
+
+    def __call__(self, numbers: Sequence[int]) -> _Chunk:
+        records = [_read(self.source, number) for number in numbers]
+        encoded = encode_all(records, self.tokenizer, self.template, self.layout)
+        chunk = _Chunk([], [], [], [], [])
+        for k, (record, one) in enumerate(zip(records, encoded, strict=True)):
+            identity = record.get("id") if isinstance(record, dict) else None
+            error = next((part for part in (record, one) if isinstance(part, DataError)), None)
+            if error:
+                chunk.bad.append((k, identity, str(error)))
+                continue
+            chunk.kept.append(k)
+            chunk.encoded.append(one)
+            chunk.ids.append(identity)
+            chunk.images.append(record_images(record))
+        return chunk
 
 
 class _ImageNames:
