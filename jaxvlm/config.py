@@ -486,7 +486,9 @@ def parse_arg(arg: str | None, **defaults: Any) -> Any:
             except ValueError:
                 raise ConfigError(f"The config's argument '{key}' must be {kind.__name__}, not '{text}'.") from None
         if key in choices and result[key] not in choices[key]:
-            raise ConfigError(f"The config's argument '{key}' must be one of {', '.join(map(str, choices[key]))}, not '{text}'.")
+            raise ConfigError(
+                f"The config's argument '{key}' must be one of {', '.join(map(str, choices[key]))}, not '{text}'."
+            )
     return types.SimpleNamespace(**result)
 
 
