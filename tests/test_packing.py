@@ -80,7 +80,12 @@ def test_what_a_room_is_expected_to_waste():
     np.testing.assert_allclose(waste[0], np.arange(257), atol=1e-9)
     both = _waste(np.array([100, 30]), np.array([0, 0]), 256, 0)[0]
     # 8 draws of two kinds nearly always hold the one that is wanted: 100 + 30, 3 x 30, 100 + 2 x 30.
-    assert both[130] < 1 and both[99] == pytest.approx(99 % 30, abs=1) and both[160] < 1 and both[170] == pytest.approx(10, abs=1)
+    assert (
+        both[130] < 1
+        and both[99] == pytest.approx(99 % 30, abs=1)
+        and both[160] < 1
+        and both[170] == pytest.approx(10, abs=1)
+    )
 
 
 def test_slots_for_the_tiles():
