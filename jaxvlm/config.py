@@ -257,12 +257,19 @@ class PromptConfig:
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One LLaVA JSON or JSONL file; `fraction` takes a seeded random part of it (1.0 = all, 2.0 = twice)."""
+    """One LLaVA JSON or JSONL file, and which of its records are used how often (see `jaxvlm.data.mixture`)."""
 
     name: str = ""
     path: str = ""
     images: str = ""  # folder that the records' image paths are relative to
-    fraction: float = 1.0
+    fraction: float = 1.0  # a seeded random part of the records (1.0 = all, 2.0 = each twice)
+    weight: float | None = (
+        None  # share of an epoch's samples, relative to the other sources'; None: as many as there are
+    )
+    mix: str = ""  # llava_v1_5_mix665k: tell the sources inside this file apart
+    keep: tuple[str, ...] = ()  # the sources inside the mix to use; () is all
+    text_only: bool = True  # use records without an image too
+    format_prompts: bool = True  # False: without the sentences that ask for a form of answer
 
 
 @dataclass(frozen=True)
@@ -274,9 +281,14 @@ class DataConfig:
     transform: str | None = None
     length: int | None = None
     packing: bool = False
-    tiles_per_row: int = 1  # room for image tiles in a row; without tiling an image is one
-    bad_records: str = "error"  # error | skip (counted and written to a file)
-    virtual_shards: int = 16
+    tiles_per_row: int = (
+        0  # room for image tiles in a row (without tiling an image is one); 0: as much as the data needs
+    )
+    bad_records: str = (
+        "error"  # error | skip (counted and written to a file) | quarantine (as `quarantine` says, else error)
+    )
+    quarantine: str = ""  # JSONL of records to leave out, as `jaxvlm data verify` writes it
+    max_bad_share: float = 0.05  # of a source's records that may be lost; more of them stop the run
     num_threads: int = 2
     num_workers: int = 0
 
@@ -474,7 +486,9 @@ def parse_arg(arg: str | None, **defaults: Any) -> Any:
             except ValueError:
                 raise ConfigError(f"The config's argument '{key}' must be {kind.__name__}, not '{text}'.") from None
         if key in choices and result[key] not in choices[key]:
-            raise ConfigError(f"The config's argument '{key}' must be one of {', '.join(choices[key])}, not '{text}'.")
+            raise ConfigError(
+                f"The config's argument '{key}' must be one of {', '.join(map(str, choices[key]))}, not '{text}'."
+            )
     return types.SimpleNamespace(**result)
 
 

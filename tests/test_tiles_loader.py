@@ -129,7 +129,7 @@ def test_images_that_change_are_planned_anew(folder, tmp_path):
     )
     with pytest.raises(DataError, match="1 image files are missing or empty, the first: .*late.png"):
         loader(folder, tmp_path / "late.json")
-    skipping = dict(data=dict(bad_records="skip"))
+    skipping = dict(data=dict(bad_records="skip", max_bad_share=1.0))
     assert loader(folder, tmp_path / "late.json", **skipping).stats()["records"] == 1
     path.write_text("no image")
     made = loader(folder, tmp_path / "late.json", **skipping)

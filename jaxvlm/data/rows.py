@@ -12,33 +12,23 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxvlm.config import SourceConfig
 from jaxvlm.data import DataError
+from jaxvlm.data.bad import BrokenImages
 from jaxvlm.data.columns import cached, new_folder, open_array
 from jaxvlm.data.image import load_image
 from jaxvlm.data.packing import assemble
 from jaxvlm.data.sources import Source, image_address
-from jaxvlm.data.table import Splicing, open_table, table_images, table_plans, table_spliced
+from jaxvlm.data.table import Splicing, open_table, record_place, table_images, table_plans, table_spliced
 from jaxvlm.data.tiles import ImagePlan, image_tiles, pixel_names
 
 
-class Samples(NamedTuple):
-    """Every sample of every source, as columns of integers [n]."""
-
-    source: np.ndarray
-    row: np.ndarray  # in the source's table
-    length: np.ndarray  # tokens, visual ones included
-    images: np.ndarray
-    tiles: np.ndarray
-    supervised: np.ndarray
-    dropped_images: np.ndarray
-    truncated: np.ndarray
-
-
 class Plan(NamedTuple):
-    """The records of the run's rows, flat: row r has those from offsets[r] to offsets[r + 1]."""
+    """The samples of the run's rows, flat: row r has those from offsets[r] to offsets[r + 1]."""
 
     source: np.ndarray  # int16 [m]
     row: np.ndarray  # int32 [m], in the source's table
+    name: np.ndarray  # int16 [m], what 'source_ids' are of this sample
     offsets: np.ndarray  # int64 [rows + 1]
 
 
@@ -65,11 +55,12 @@ class RowReader:
     """Rows by their number in the run. Picklable: it holds paths and arrays, and reopens memory maps."""
 
     tables: list[str]
-    sources: list[Source]
     plan: Plan | str  # or the folder of a saved one
-    splicing: Splicing
     has_images: bool
-    skip_bad_images: bool
+    configs: Sequence[SourceConfig]
+    sources: Sequence[Source]
+    splicing: Splicing
+    broken: BrokenImages | None  # where images that cannot be decoded are written down; None: they raise
     features: tuple[np.ndarray, Mapping[str, int]] | None
 
     def __post_init__(self):
@@ -100,7 +91,7 @@ class RowReader:
             parts,
             settings["length"],
             tiling.tile_tokens,
-            source_ids=[source for source, _ in places],
+            source_ids=plan.name[here].tolist(),
             pad_id=settings["pad_id"],
             blends=tiling.blends and self.has_images,
         )
@@ -110,10 +101,12 @@ class RowReader:
                 for segment, (table, (source, row)) in enumerate(zip(tables, places, strict=True), start=1)
                 for name, plan in zip(table_images(table, row), table_plans(table, row, self.splicing), strict=False)
             ]
-            arrays |= self._tiles(images, arrays)
+            arrays |= self._tiles(images, arrays, places)
         return arrays
 
-    def _tiles(self, images: list[tuple[int, int, int, ImagePlan]], arrays: dict) -> dict[str, np.ndarray]:
+    def _tiles(
+        self, images: list[tuple[int, int, int, ImagePlan]], arrays: dict, places: list[tuple[int, int]]
+    ) -> dict[str, np.ndarray]:
         """The tile slots of a row: 'pixels' [T, H, W, 3] or 'features' [T, N, Dv], and 'tile_mask' [T]."""
         slots, tiling = self.splicing.tiles_per_row, self.splicing.tiling
         mask = np.arange(slots) < sum(plan.tiles for *_, plan in images)
@@ -128,21 +121,25 @@ class RowReader:
             return {"features": tiles, "tile_mask": mask}
         made = [np.zeros((slots, size, size, 3), np.uint8) for size, _ in tiling.views]
         for segment, source, name, plan in images:
-            origin, name = self.sources[source], open_table(self.tables[source]).image_names[name]
-            path = image_address(origin, name)
+            held_by, called = self.sources[source], open_table(self.tables[source]).image_names[name]
+            path = image_address(held_by, called)
             try:
-                for view, tiles in zip(
-                    made, image_tiles(load_image(origin.image(name), path), tiling, plan, path), strict=True
-                ):
+                image = load_image(held_by.image(called), path)
+                for view, tiles in zip(made, image_tiles(image, tiling, plan, path), strict=True):
                     view[tile : tile + plan.tiles] = tiles
             except DataError as error:
-                if not self.skip_bad_images:
+                if self.broken is None:
                     raise
                 # The rows are planned, so the conversation keeps its place and teaches nothing.
                 warnings.warn(f"Left out of the loss: {error}", stacklevel=2)
+                self.broken.add(self._place(*places[segment - 1]) | {"reason": str(error), "image": path})
                 arrays["loss_weights"][arrays["segment_ids"] == segment] = 0.0
             tile += plan.tiles
         return dict(zip(pixel_names(len(made)), made, strict=True)) | {"tile_mask": mask}
+
+    def _place(self, source: int, row: int) -> dict:
+        table = open_table(self.tables[source])
+        return record_place(self.configs[source], int(table.record[row]), table.ids[row], table.parts[row])
 
 
 def _file_of(array: np.ndarray) -> np.ndarray | tuple:

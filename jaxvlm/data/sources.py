@@ -266,17 +266,3 @@ def image_stats(source: Source, names: Sequence[str]) -> np.ndarray:
             stats[start : start + len(part)] = part
             start += len(part)
     return stats
-
-
-def select(count: int, fraction: float, seed: int | Sequence[int]) -> np.ndarray:
-    """Indices of a seeded random part of `count` records, in file order: 0.1 a tenth, 1.0 all, 2.0 each
-    twice.
-
-    Raises `DataError` unless the fraction is positive and leaves a record.
-    """
-    whole, part = divmod(fraction, 1.0)
-    rest = np.random.default_rng(seed).permutation(count)[: round(part * count)]
-    indices = np.sort(np.concatenate([np.tile(np.arange(count), int(max(whole, 0))), rest]))
-    if fraction <= 0 or not len(indices):
-        raise DataError(f"fraction {fraction} of {count} records leaves none; it must be positive and large enough.")
-    return indices

@@ -24,17 +24,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxvlm.config import PromptConfig, SourceConfig
-from jaxvlm.data import DataError
+from jaxvlm.data import DataError, llava_mix
 from jaxvlm.data.columns import Columns, Log, Texts, cached, new_folder, open_array
 from jaxvlm.data.conversation import IMAGE_TOKEN, Encoded, encode_all, record_images
 from jaxvlm.data.image import image_size
 from jaxvlm.data.layout import Spliced, splice
+from jaxvlm.data.mixture import choose, prepared
 from jaxvlm.data.processes import in_order
-from jaxvlm.data.sources import Source, image_address, image_stats, select
+from jaxvlm.data.sources import Source, image_address, image_stats
 from jaxvlm.data.tiles import ImagePlan, Tiling, image_plan, image_plans
 from jaxvlm.data.tokenizer import Tokenizer
 
-VERSION = 3  # raise it when the same records would give other arrays
+VERSION = 4  # raise it when the same records would give other arrays
 CHUNK = 512  # records tokenised in one call
 ROWS = 8192  # records counted at a time
 COUNTS = ("lengths", "supervised_tokens", "used_images", "tiles", "dropped_images", "truncated")
@@ -44,7 +45,7 @@ class Splicing(NamedTuple):
     """How the conversations of a table become sequences."""
 
     tiling: Tiling
-    tiles_per_row: int
+    tiles_per_row: int  # 0: any number
     settings: dict  # further arguments of `splice`
 
 
@@ -56,7 +57,7 @@ def splicing_for(prompt: PromptConfig, tokenizer: Tokenizer, tiling: Tiling, til
         "length": prompt.length,
         "truncation": prompt.truncation,
         "tile_tokens": tiling.tile_tokens,
-        "reserved": tiles_per_row * one if prompt.truncation == "before_splice" else 0,
+        "reserved": max(tiles_per_row, 1) * one if prompt.truncation == "before_splice" else 0,
         "bos_id": tokenizer.bos_id if tokenizer.adds_bos else None,
         "pad_id": tokenizer.pad_id or 0,
     }
@@ -70,7 +71,7 @@ def cached_table(
     template: str,
     splicing: Splicing,
     tokenizer: Tokenizer,
-    seed: Sequence[int],
+    seed: int,
     cache: Path,
     log: Log,
     processes: int = 0,
@@ -82,11 +83,12 @@ def cached_table(
     """
     whole, layout = float(config.fraction).is_integer(), splicing.settings["layout"]
     key = [VERSION, source.fingerprint(), template, layout]
-    key += [tokenizer.fingerprint_text, config.fraction, None if whole else list(seed)]
+    key += [tokenizer.fingerprint_text, config.fraction, None if whole else seed]
+    key += [config.mix, config.keep, config.text_only, config.format_prompts]
     texts = cached(cache, key)
     if not texts.is_dir():
         with new_folder(texts) as new:
-            encode = _Encode(source, tokenizer, template, layout)
+            encode = _Encode(source, config, tokenizer, template, layout)
             _encode_records(new, source, config, encode, seed, processes, log)
 
     base = open_table(str(texts))
@@ -110,7 +112,8 @@ def _write_meta(folder: Path, meta: dict) -> None:
 
 def _encode_records(new: Path, source: Source, config, encode: _Encode, seed, processes: int, log: Log) -> None:
     """Writes what does not depend on the splicing: tokens and labels, image names, and the records that are unusable."""
-    indices, copies = np.unique(select(len(source), config.fraction, seed), return_counts=True)
+    copies = choose(source, config, seed)
+    indices = np.flatnonzero(copies)
     name, total = config.name or source.path, len(indices)
     if total > 2000:
         log(f"{name}: tokenising {total:,} records (kept for the next run)")
@@ -121,13 +124,17 @@ def _encode_records(new: Path, source: Source, config, encode: _Encode, seed, pr
         range(0, total, CHUNK), in_order(encode, chunks, processes if total > 50_000 else 0), strict=True
     ):
         records = indices[start : start + CHUNK]
-        bad = (_place(config, int(records[k]), identity) | {"reason": reason} for k, identity, reason in chunk.bad)
+        bad = (
+            record_place(config, int(records[k]), identity, part) | {"reason": reason}
+            for k, identity, part, reason in chunk.bad
+        )
         others.append_texts("bad", map(json.dumps, bad))
         columns.append_texts("ids", map(json.dumps, chunk.ids))
         columns.append_parts("tokens", "offsets", [one.tokens for one in chunk.encoded], np.int32)
         columns.append("supervised", np.concatenate([np.zeros(0, bool), *(one.weights > 0 for one in chunk.encoded)]))
         columns.append("record", records[chunk.kept].astype(np.int32))
-        columns.append("copies", copies[start : start + CHUNK][chunk.kept].astype(np.int32))
+        columns.append("copies", copies[records[chunk.kept]].astype(np.int32))
+        columns.append("parts", np.asarray(chunk.parts, np.int16))  # of a mix, indices into `llava_mix.PARTS`
         images.append(chunk.images)
         now, done = time.perf_counter(), start + len(records)
         if now - said > 30:
@@ -145,7 +152,8 @@ class _Chunk(NamedTuple):
     encoded: list[Encoded]
     ids: list[Any]
     images: list[list[str]]
-    bad: list[tuple[int, Any, str]]  # the others: which, its id, the reason
+    parts: list[int]
+    bad: list[tuple[int, Any, int, str]]  # the others: which, its id, its part, the reason
 
 
 @dataclass(frozen=True)
@@ -153,24 +161,28 @@ class _Encode:
     """Records of a source, by their numbers, encoded; in this process or another."""
 
     source: Source
+    config: SourceConfig
     tokenizer: Tokenizer
     template: str
     layout: str
 
     def __call__(self, numbers: Sequence[int]) -> _Chunk:
         records = [_read(self.source, number) for number in numbers]
-        encoded = encode_all(records, self.tokenizer, self.template, self.layout)
-        chunk = _Chunk([], [], [], [], [])
+        ready = [prepared(record, self.config) for record in records]
+        encoded = encode_all(ready, self.tokenizer, self.template, self.layout)
+        chunk = _Chunk([], [], [], [], [], [])
         for k, (record, one) in enumerate(zip(records, encoded, strict=True)):
             identity = record.get("id") if isinstance(record, dict) else None
-            error = next((part for part in (record, one) if isinstance(part, DataError)), None)
+            part = llava_mix.PARTS.index(llava_mix.source_of(record)) if self.config.mix else 0
+            error = next((given for given in (record, one) if isinstance(given, DataError)), None)
             if error:
-                chunk.bad.append((k, identity, str(error)))
+                chunk.bad.append((k, identity, part, str(error)))
                 continue
             chunk.kept.append(k)
             chunk.encoded.append(one)
             chunk.ids.append(identity)
             chunk.images.append(record_images(record))
+            chunk.parts.append(part)
         return chunk
 
 
@@ -217,8 +229,10 @@ def first_seen(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(first), index
 
 
-def _place(config: SourceConfig, number: int, identity: object) -> dict:
-    return {"source": config.name, "file": config.path, "record": number, "id": identity}
+def record_place(config: SourceConfig, number: int, identity: object, part: int) -> dict:
+    """What names a record in a list of bad ones; `part` is an index into `llava_mix.PARTS`."""
+    place = {"source": config.name, "file": config.path, "record": number, "id": identity}
+    return place | ({"part": llava_mix.PARTS[part]} if config.mix else {})
 
 
 def _read(source: Source, number: int) -> dict | DataError:
@@ -286,7 +300,9 @@ def _splice_records(new: Path, base: SimpleNamespace, source, config, splicing: 
             except DataError as error:
                 failed = {"reason": str(error)}
             if failed:
-                bad.append(json.dumps(_place(config, int(base.record[row]), base.ids[row]) | failed))
+                bad.append(
+                    json.dumps(record_place(config, int(base.record[row]), base.ids[row], base.parts[row]) | failed)
+                )
                 copies[row - start], counts[:, row - start] = 0, 0
                 continue
             scored = int((spliced.weights > 0).sum())
@@ -331,8 +347,8 @@ def _whole_records(
     fits = text <= limit - settings["reserved"] if settings["truncation"] == "before_splice" else length <= limit
     scored = _sums(supervised, tokens)
     # The first token is never predicted; where it would count, the splice decides which one that is.
-    fits &= ~supervised[tokens[:-1] - tokens[0]] & (scored > 0) & (tiles <= splicing.tiles_per_row)
-    fits &= _sums(without[names], images) == 0
+    fits &= ~supervised[tokens[:-1] - tokens[0]] & (scored > 0) & (length <= settings["length"])
+    fits &= (tiles <= (splicing.tiles_per_row or np.inf)) & (_sums(without[names], images) == 0)
     nothing = np.zeros(len(rows), np.int32)
     return np.stack([length, scored, count, tiles, nothing, nothing]).astype(np.int32), fits
 
@@ -357,7 +373,9 @@ def _usable(base: SimpleNamespace, row: int, splicing: Splicing, sizes: np.ndarr
         raise DataError(
             f"{name} has no supervised token within `length` ({length}); raise it, or leave the record out."
         )
-    if spliced.num_tiles > limit:
+    if len(spliced.tokens) > length:
+        raise DataError(f"{name} has {len(spliced.tokens)} tokens, but a row holds {length}; raise `length`.")
+    if limit and spliced.num_tiles > limit:
         what = f"{spliced.num_images} images" + (f" in {spliced.num_tiles} tiles" if splicing.tiling.sized else "")
         raise DataError(f"{name} has {what}, but a row holds {limit}; raise `tiles_per_row`.")
     return spliced
