@@ -105,7 +105,7 @@ def inspect(argv: Sequence[str]) -> int:
     if not configs:
         names = ", ".join(repr(source.name) for source in stage.sources)
         raise ConfigError(f"There is no source '{options.source}' in {stage.name}; it has {names}.")
-    sources = [(config, open_source(config)) for config in configs]
+    sources = [(config, open_source(config, log=print)) for config in configs]
     viewer = _viewer(stage)
     places = _places(sources, options)
     samples = [(viewer.sample(*sources[k], number), sources[k][1].image) for k, number in places]
@@ -136,7 +136,7 @@ def stats(argv: Sequence[str]) -> int:
     from jaxvlm.data.tools.stats_page import stats_page
 
     for k, stage in enumerate(stages):
-        sources = [(config, open_source(config)) for config in stage.sources]
+        sources = [(config, open_source(config, log=print)) for config in stage.sources]
         measured = measure(sources, _viewer(stage), options.random, options.seed)
         made = summary(measured, stage.prompt.length, stage.data.tiles_per_row)
         print("\n" * bool(k) + f"{stage.name}: {_facts(stage)}\n\n" + "\n".join(summary_table(made)))

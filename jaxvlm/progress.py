@@ -55,7 +55,9 @@ class Progress:
     def __init__(self, verb: str, total: int, unit: str, out: TextIO | None = None):
         self.verb, self.total, self.unit = verb, total, unit
         self.done, self.start, self.line = 0, time.monotonic(), StatusLine(out or sys.stderr)
-        self.shown = self.line.shown = self.start  # what is done in seconds needs no line but the last, where none rewrites itself
+        self.shown = self.line.shown = (
+            self.start
+        )  # what is done in seconds needs no line but the last, where none rewrites itself
 
     def add(self, count: int = 1) -> None:
         """`count` more are done."""

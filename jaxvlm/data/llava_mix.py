@@ -73,7 +73,7 @@ def source_of(record: Any) -> str:
     """The name of the source that a LLaVA record is from, or OTHER."""
     if not isinstance(record, dict):
         return OTHER
-    images = record.get("image_file", record.get("image"))  # of a data set that holds its images, what they were called
+    images = record.get("image_file", record.get("image"))  # the first: of a source that holds its images
     image = images[0] if isinstance(images, list) and images else images
     folders = f"/{image}".split("/")[:-1] if image else []
     asked = [

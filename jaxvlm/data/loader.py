@@ -20,13 +20,14 @@ import numpy as np
 
 from jaxvlm.config import DataConfig, ModelConfig, PromptConfig
 from jaxvlm.data import DataError, bad
+from jaxvlm.data.columns import cache_folder
 from jaxvlm.data.conversation import check_template
 from jaxvlm.data.image import transform_version
 from jaxvlm.data.mixture import check_sources, epoch_samples
 from jaxvlm.data.packing import Rows, plan, slots_needed
-from jaxvlm.data.rows import Places, RowReader
+from jaxvlm.data.rows import Plan, RowReader, saved_plan
 from jaxvlm.data.samples import Samples, usable
-from jaxvlm.data.sources import image_path
+from jaxvlm.data.sources import image_address, open_source
 from jaxvlm.data.table import Splicing, cached_table, open_table, splicing_for, table_images, table_text
 from jaxvlm.data.tiles import tiling
 from jaxvlm.data.tokenizer import Tokenizer
@@ -74,10 +75,13 @@ class Loader:
         check_template(tokenizer, prompt.template)
         splicing = splicing_for(prompt, tokenizer, tiling(model, prompt), data.tiles_per_row)
         cache = cache_folder(cache_dir) / "tables"
+        self._plans = cache.with_name("plans")
+        self._sources = [open_source(config, cache_dir, log) for config in data.sources]
         self._tables = [
-            cached_table(source, prompt.template, splicing, tokenizer, seed, cache, log) for source in data.sources
+            cached_table(source, config, prompt.template, splicing, tokenizer, seed, cache, log, data.num_workers)
+            for source, config in zip(self._sources, data.sources, strict=True)
         ]
-        self._usable = found = usable(data, self._tables, features)
+        self._usable = found = usable(data, self._sources, self._tables, features)
         self._samples, self.source_names = samples, _ = found[:2]
         default = cache / f"skipped-{hashlib.sha256(str(self._tables).encode()).hexdigest()[:16]}.jsonl"
         skipped_path = Path(skipped_path or default)
@@ -89,13 +93,14 @@ class Loader:
         self.fingerprint = self._fingerprint(splicing, first_epoch)
         part = f"_{process_index}" if process_count > 1 else ""
         self.broken_path = str(skipped_path.with_name(f"{skipped_path.stem}_images{part}.jsonl"))
+        used = self._rows.samples
+        columns = (samples.source[used].astype(np.int16), samples.row[used], samples.name[used].astype(np.int16))
         self._reader = RowReader(
             tables=self._tables,
-            places=Places(samples.source.astype(np.int16), samples.row, samples.name.astype(np.int16)),
+            plan=Plan(*columns, self._rows.offsets),
             has_images=bool(samples.images.any()),
-            rows=self._rows.samples.astype(np.int32),
-            row_offsets=self._rows.offsets,
-            sources=data.sources,
+            configs=data.sources,
+            sources=self._sources,
             splicing=splicing._replace(tiles_per_row=self.tiles_per_row),
             broken=bad.BrokenImages(self.broken_path) if data.bad_records == "skip" else None,
             features=features,
@@ -109,7 +114,10 @@ class Loader:
         first = self.process_index * rows
         if start_step >= self.num_steps:
             return
-        make = functools.partial(_step_batch, self._reader, self.batch_size, first, rows)
+        reader = self._reader
+        if self.data.num_workers:
+            reader = replace(reader, plan=saved_plan(reader.plan, self._plans))
+        make = functools.partial(_step_batch, reader, self.batch_size, first, rows)
         data = grain.MapDataset.range(start_step, self.num_steps).map(make)
         threads = max(1, self.data.num_threads)
         stream = data.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
@@ -128,14 +136,14 @@ class Loader:
             iterator.close()
 
     def image_paths(self) -> list[str]:
-        """The absolute paths of all images that the rows use, sorted, each once."""
+        """The addresses of all images that the rows use (absolute paths, of files; see `image_at`), sorted, each once."""
         paths = set()
-        for i, folder in enumerate(self._tables):
+        for i, (source, folder) in enumerate(zip(self._sources, self._tables, strict=True)):
             table = open_table(folder)
             used = {
                 int(n) for row in self._samples.row[self._samples.source == i] for n in table_images(table, int(row))
             }
-            paths |= {image_path(self.data.sources[i].images, table.image_names[n]) for n in used}
+            paths |= {image_address(source, table.image_names[n]) for n in used}
         return sorted(paths)
 
     def sample(self, i: int) -> dict:
@@ -145,11 +153,12 @@ class Loader:
         source, row = int(self._samples.source[i]), int(self._samples.row[i])
         table, config = open_table(self._tables[source]), self.data.sources[source]
         number = int(table.record[row])
+        names = [table.image_names[n] for n in table_images(table, row).tolist()]
         return {
             "id": table.ids[row],
             "source": config.name or config.path,
             "record": number,
-            "images": [image_path(config.images, table.image_names[int(n)]) for n in table_images(table, row)],
+            "images": [image_address(self._sources[source], name) for name in names],
             "text": table_text(table, row, self.tokenizer),
             "tokens": int(table.lengths[row]),
         }
@@ -250,11 +259,6 @@ def epoch_rows(samples: Samples, data: DataConfig, length: int, tiles_per_row: i
         return Rows(order, np.arange(len(order) + 1))
     rows = plan(samples.length[order], samples.tiles[order], length, tiles_per_row)
     return Rows(order[rows.samples], rows.offsets)
-
-
-def cache_folder(cache_dir: str | os.PathLike | None = None) -> Path:
-    """`cache_dir`, or $JAXVLM_CACHE, or ~/.cache/jaxvlm."""
-    return Path(cache_dir or os.environ.get("JAXVLM_CACHE") or Path.home() / ".cache" / "jaxvlm")
 
 
 def _check(data: DataConfig, batch_size: int, steps, epochs, process_index: int, process_count: int) -> None:

@@ -26,7 +26,7 @@ POOL = 64  # samples to choose from; more of them fill rows better, and move sam
 STREAM = 8192  # samples; so many or more are packed one after the other
 STREAMS = 128  # that are packed at a time, at most
 DRAWS = 8  # random samples that stand for the choice a pool leaves when a row is nearly full
-BINS = 256  # the resolution in tokens of what is expected to be wasted: this part of a row
+BINS = 256  # parts of a row, in which what is expected to be wasted is reckoned
 SAMPLED = 20_000  # samples that the expectation is made from
 UNIT = 16  # waste is compared in 1/UNIT tokens
 TOO_LARGE = 2**30
@@ -121,28 +121,27 @@ def _waste(lengths: np.ndarray, num_tiles: np.ndarray, row_length: int, tiles_pe
 
     All processes must plan the same rows: only operations that give the same result on every machine, and rounded ones.
     """
-    unit = row_length / BINS
+    bins = min(BINS, row_length)
+    unit = row_length / bins
     kinds, counts = np.unique(
         np.stack([np.maximum(np.rint(lengths / unit), 1), num_tiles]).astype(np.int64), axis=1, return_counts=True
     )
     size, slots = kinds  # [k] in bins, in tiles
     share = counts / counts.sum()
-    waste = np.zeros((tiles_per_row + 1, BINS + 1))
-    for room in range(1, BINS + 1):
-        inside = size <= room
-        for tiles in range(tiles_per_row + 1):
-            fits = inside & (slots <= tiles)
-            after = waste[tiles - slots[fits], room - size[fits]]
-            order = after.argsort(kind="stable")
-            worse = np.append(
-                1.0, np.maximum(1.0 - np.cumsum(share[fits][order]), 0.0)
-            )  # P(a draw is worse than the best k)
-            for _ in range(round(math.log2(DRAWS))):  # P(all draws are)
-                worse = worse * worse
-            expected = np.cumsum(np.append(after[order], room * unit) * -np.diff(worse, append=0.0))[-1]
-            waste[tiles, room] = np.rint(expected * 1024) / 1024
+    tiles_left = np.arange(tiles_per_row + 1)[:, None] - slots  # [tiles_per_row + 1, k] by each sample
+    waste = np.zeros((tiles_per_row + 1, bins + 1))
+    for room in range(1, bins + 1):
+        fits = (tiles_left >= 0) & (size <= room)
+        after = np.where(fits, waste[np.maximum(tiles_left, 0), np.maximum(room - size, 0)], room * unit)
+        order = after.argsort(1, kind="stable")  # the samples from the best to the worst
+        worse = np.maximum(1.0 - np.cumsum(share[order], axis=1), 0.0)  # P(a draw is worse than this one)
+        for _ in range(round(math.log2(DRAWS))):  # P(all draws are)
+            worse = worse * worse
+        best = -np.diff(worse, prepend=1.0)  # P(this one is the best of the draws)
+        expected = np.cumsum(np.take_along_axis(after, order, 1) * best, axis=1)[:, -1]
+        waste[:, room] = np.rint(expected * 1024) / 1024
     tokens = np.arange(row_length + 1)
-    return np.stack([np.interp(tokens, np.arange(BINS + 1) * unit, one) for one in waste])
+    return np.stack([np.interp(tokens, np.arange(bins + 1) * unit, one) for one in waste])
 
 
 def slots_needed(lengths: np.ndarray, num_tiles: np.ndarray, row_length: int) -> int:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,19 +15,39 @@ import numpy as np
 from jaxvlm.config import SourceConfig
 from jaxvlm.data import DataError
 from jaxvlm.data.bad import BrokenImages
+from jaxvlm.data.columns import cached, new_folder, open_array
 from jaxvlm.data.image import load_image
 from jaxvlm.data.packing import assemble
-from jaxvlm.data.sources import image_path
+from jaxvlm.data.sources import Source, image_address
 from jaxvlm.data.table import Splicing, open_table, record_place, table_images, table_plans, table_spliced
 from jaxvlm.data.tiles import ImagePlan, image_tiles, pixel_names
 
 
-class Places(NamedTuple):
-    """Where the samples of all sources are, as columns [n]; workers get them, so they are small."""
+class Plan(NamedTuple):
+    """The samples of the run's rows, flat: row r has those from offsets[r] to offsets[r + 1]."""
 
-    source: np.ndarray  # int16
-    row: np.ndarray  # int32, in the source's table
-    name: np.ndarray  # int16, what 'source_ids' are of this sample
+    source: np.ndarray  # int16 [m]
+    row: np.ndarray  # int32 [m], in the source's table
+    name: np.ndarray  # int16 [m], what 'source_ids' are of this sample
+    offsets: np.ndarray  # int64 [rows + 1]
+
+
+def saved_plan(plan: Plan, cache: Path) -> str:
+    """A folder with the plan, so that worker processes map it into memory instead of each having a copy."""
+    digest = hashlib.sha256()
+    for array in plan:
+        digest.update(np.ascontiguousarray(array))
+    folder = cached(cache, [digest.hexdigest()])
+    if not folder.is_dir():
+        with new_folder(folder) as new:
+            for name, array in plan._asdict().items():
+                np.save(new / f"{name}.npy", array)
+    return str(folder)
+
+
+@functools.lru_cache(maxsize=4)
+def _opened_plan(folder: str) -> Plan:
+    return Plan(*(open_array(Path(folder) / f"{name}.npy") for name in Plan._fields))
 
 
 @dataclass
@@ -33,11 +55,10 @@ class RowReader:
     """Rows by their number in the run. Picklable: it holds paths and arrays, and reopens memory maps."""
 
     tables: list[str]
-    places: Places
+    plan: Plan | str  # or the folder of a saved one
     has_images: bool
-    rows: np.ndarray  # flat sample indices
-    row_offsets: np.ndarray
-    sources: Sequence[SourceConfig]
+    configs: Sequence[SourceConfig]
+    sources: Sequence[Source]
     splicing: Splicing
     broken: BrokenImages | None  # where images that cannot be decoded are written down; None: they raise
     features: tuple[np.ndarray, Mapping[str, int]] | None
@@ -49,8 +70,7 @@ class RowReader:
             self.features = _file_of(array)
             self.feature_rows = [
                 np.asarray(
-                    [index.get(image_path(source.images, name), -1) for name in open_table(table).image_names],
-                    np.int64,
+                    [index.get(image_address(source, name), -1) for name in open_table(table).image_names], np.int64
                 )
                 for source, table in zip(self.sources, self.tables, strict=True)
             ]
@@ -61,9 +81,9 @@ class RowReader:
         return {key: np.stack([row[key] for row in made]) for key in made[0]}
 
     def row(self, row: int) -> dict[str, np.ndarray]:
-        inside = row < len(self.row_offsets) - 1
-        chosen = self.rows[self.row_offsets[row] : self.row_offsets[row + 1]] if inside else []
-        places = [(int(self.places.source[i]), int(self.places.row[i])) for i in chosen]
+        plan = _opened_plan(self.plan) if isinstance(self.plan, str) else self.plan
+        here = slice(*plan.offsets[row : row + 2]) if row < len(plan.offsets) - 1 else slice(0)
+        places = list(zip(plan.source[here].tolist(), plan.row[here].tolist(), strict=True))
         tables = [open_table(self.tables[source]) for source, _ in places]
         parts = [table_spliced(t, row, self.splicing) for t, (_, row) in zip(tables, places, strict=True)]
         tiling, settings = self.splicing.tiling, self.splicing.settings
@@ -71,7 +91,7 @@ class RowReader:
             parts,
             settings["length"],
             tiling.tile_tokens,
-            source_ids=[int(self.places.name[i]) for i in chosen],
+            source_ids=plan.name[here].tolist(),
             pad_id=settings["pad_id"],
             blends=tiling.blends and self.has_images,
         )
@@ -101,9 +121,11 @@ class RowReader:
             return {"features": tiles, "tile_mask": mask}
         made = [np.zeros((slots, size, size, 3), np.uint8) for size, _ in tiling.views]
         for segment, source, name, plan in images:
-            path = image_path(self.sources[source].images, open_table(self.tables[source]).image_names[name])
+            held_by, called = self.sources[source], open_table(self.tables[source]).image_names[name]
+            path = image_address(held_by, called)
             try:
-                for view, tiles in zip(made, image_tiles(load_image(path), tiling, plan, path), strict=True):
+                image = load_image(held_by.image(called), path)
+                for view, tiles in zip(made, image_tiles(image, tiling, plan, path), strict=True):
                     view[tile : tile + plan.tiles] = tiles
             except DataError as error:
                 if self.broken is None:
@@ -117,7 +139,7 @@ class RowReader:
 
     def _place(self, source: int, row: int) -> dict:
         table = open_table(self.tables[source])
-        return record_place(self.sources[source], int(table.record[row]), table.ids[row], table.parts[row])
+        return record_place(self.configs[source], int(table.record[row]), table.ids[row], table.parts[row])
 
 
 def _file_of(array: np.ndarray) -> np.ndarray | tuple:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,8 +10,8 @@ import numpy as np
 from jaxvlm.config import DataConfig, SourceConfig
 from jaxvlm.data import bad
 from jaxvlm.data.llava_mix import PARTS
-from jaxvlm.data.sources import image_path, missing_files
-from jaxvlm.data.table import open_table, record_place, table_images
+from jaxvlm.data.sources import Source, image_address, image_stats
+from jaxvlm.data.table import missing_image, open_table, record_place, table_images
 
 
 class Samples(NamedTuple):
@@ -38,7 +38,12 @@ class Usable(NamedTuple):
     quarantined: dict[str, list[dict]]
 
 
-def usable(data: DataConfig, tables: Sequence[str], features: tuple[Any, Mapping[str, int]] | None = None) -> Usable:
+def usable(
+    data: DataConfig,
+    sources: Sequence[Source],
+    tables: Sequence[str],
+    features: tuple[Any, Mapping[str, int]] | None = None,
+) -> Usable:
     """The samples whose images are there (or have features), and what is left out, with the reasons.
 
     Raises `DataError` for a quarantine list that does not fit the sources.
@@ -48,14 +53,14 @@ def usable(data: DataConfig, tables: Sequence[str], features: tuple[Any, Mapping
     records = dict.fromkeys(names, 0)
     skipped, quarantined = ({name: [] for name in names} for _ in range(2))
     columns = []
-    for i, (config, folder) in enumerate(zip(data.sources, tables, strict=True)):
+    for i, (config, source, folder) in enumerate(zip(data.sources, sources, tables, strict=True)):
         table, mine = open_table(folder), _names(config)
-        entries = _left_out(table, config, features, listed[i], data.quarantine)
+        entries = _left_out(table, config, source, features, listed[i], data.quarantine)
         for number, entry in sorted(entries.items()):
             name = mine[PARTS.index(entry["part"])] if config.mix else mine[0]
             (quarantined if number in listed[i] else skipped)[name].append(entry)
         copies = np.where(np.isin(table.record, list(entries)), 0, table.copies)
-        number_of = np.asarray([names.index(name) for name in mine])[table.parts]
+        number_of = np.asarray([names.index(name) for name in mine], np.int32)[table.parts]
         for k, count in zip(*np.unique(number_of[copies > 0], return_counts=True), strict=True):
             records[names[k]] += int(count)
         rows = np.repeat(np.arange(len(copies), dtype=np.int32), copies)
@@ -67,21 +72,21 @@ def usable(data: DataConfig, tables: Sequence[str], features: tuple[Any, Mapping
             table.dropped_images,
             table.truncated,
         )
-        columns.append((np.full(len(rows), i), rows, number_of[rows], *(column[rows] for column in found)))
+        columns.append((np.full(len(rows), i, np.int32), rows, number_of[rows], *(column[rows] for column in found)))
 
     kept = [name for name in names if records[name] or skipped[name] or quarantined[name]]
-    samples = Samples(*(np.concatenate(column).astype(np.int32) for column in zip(*columns, strict=True)))
+    samples = Samples(*(np.concatenate(column) for column in zip(*columns, strict=True)))
     place = np.asarray([kept.index(name) if name in kept else -1 for name in names], np.int32)
     pick = [{name: one[name] for name in kept} for one in (records, skipped, quarantined)]
     return Usable(samples._replace(name=place[samples.name]), tuple(kept), *pick)
 
 
 def _left_out(
-    table: Any, config: SourceConfig, features: Any, listed: Mapping[int, dict], path: str
+    table: Any, config: SourceConfig, source: Source, features: Any, listed: Mapping[int, dict], path: str
 ) -> dict[int, dict]:
     """The entries of a table's records that are not used, by number; `listed` are those in the quarantine list `path`."""
     entries = {entry["record"]: entry | {"source": config.name, "file": config.path} for entry in table.bad}
-    entries |= {entry["record"]: entry for entry in _without_image(table, config, features)}
+    entries |= {entry["record"]: entry for entry in _without_image(table, config, source, features)}
     for row in np.flatnonzero(np.isin(table.record, list(listed))):
         entry = _entry(table, row, config)
         entries.setdefault(entry["record"], entry | {"reason": listed[entry["record"]].get("reason", "")})
@@ -99,23 +104,21 @@ def _entry(table: Any, row: int, config: SourceConfig) -> dict:
     return record_place(config, int(table.record[row]), table.ids[row], table.parts[row])
 
 
-def _without_image(table: Any, config: SourceConfig, features: tuple[Any, Mapping[str, int]] | None) -> list[dict]:
+def _without_image(
+    table: Any, config: SourceConfig, source: Source, features: tuple[Any, Mapping[str, int]] | None
+) -> Iterator[dict]:
     """Entries of the table's records that use an image that is not there."""
-    paths = [image_path(config.images, name) for name in table.image_names]
     if features is None:
-        missing = set(missing_files(paths))
+        missing = image_stats(source, table.image_names)[:, 0] < 0
     else:
-        missing = {n for n, path in enumerate(paths) if path not in features[1]}
-    found = []
+        missing = np.asarray([image_address(source, name) not in features[1] for name in table.image_names], bool)
     for row in _rows_with(table, missing):
-        path = next(paths[n] for n in table_images(table, row) if n in missing)
-        found.append(_entry(table, row, config) | {"reason": f"image file {path} is missing or empty", "image": path})
-    return found
+        name = table.image_names[next(n for n in table_images(table, row) if missing[n])]
+        yield _entry(table, row, config) | missing_image(source, name)
 
 
-def _rows_with(table: Any, names: set[int]) -> np.ndarray:
-    """The table's rows that use one of these images."""
-    totals = np.diff(table.image_offsets)
-    owner = np.repeat(np.arange(len(totals)), totals)
-    used = np.arange(len(owner)) - np.asarray(table.image_offsets)[owner] < table.used_images[owner]
-    return np.unique(owner[np.isin(table.images, list(names)) & used])
+def _rows_with(table: Any, names: np.ndarray) -> np.ndarray:
+    """The table's rows that use one of the images that `names` bool [n] marks."""
+    found = np.flatnonzero(names[table.images])
+    owner = np.searchsorted(table.image_offsets, found, side="right") - 1
+    return np.unique(owner[found - table.image_offsets[owner] < table.used_images[owner]])

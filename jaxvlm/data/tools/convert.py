@@ -24,7 +24,7 @@ from jaxvlm.data.array_records import MANIFEST, SUFFIX, write_manifest, write_sh
 from jaxvlm.data.bad import check_identity, read_quarantine
 from jaxvlm.data.conversation import record_images, render_record
 from jaxvlm.data.image import image_size
-from jaxvlm.data.sources import Source, open_source
+from jaxvlm.data.sources import Source, image_address, open_source
 from jaxvlm.data.tools.verify import TEMPLATE
 from jaxvlm.progress import Progress
 
@@ -76,7 +76,7 @@ def convert(
 
     Raises `BadRecords`, and `DataError` if `out` holds something else.
     """
-    source = open_source(config)
+    source = open_source(config, log=print)
     fingerprint = json.loads(json.dumps(source.fingerprint()))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         return _finished(out, fingerprint)
@@ -217,23 +217,23 @@ class _Bad(Exception):
 
 def _with_images(source: Source, number: int) -> tuple[dict, list[bytes]]:
     """A record and the bytes of its images, whose headers have been read. Raises `_Bad`."""
-    identity = path = None
+    identity = address = None
     try:
         record = source[number]
         identity = record.get("id") if isinstance(record, dict) else None
         render_record(record, TEMPLATE)
         images = []
         for name in record_images(record):
-            path = source.image_file(name)
+            address = image_address(source, name)
             content = source.image(name)
             if isinstance(content, str):
                 with open(content, "rb") as file:
                     content = file.read()
-            image_size(content, path or f"image {name}")
+            image_size(content, address)
             images.append(content)
     except (DataError, OSError) as error:
-        reason = str(error) if isinstance(error, DataError) else f"image file {path} is missing or empty"
-        raise _Bad({"id": identity, "reason": reason} | ({"image": path} if path else {})) from error
+        reason = str(error) if isinstance(error, DataError) else f"image file {address} is missing or empty"
+        raise _Bad({"id": identity, "reason": reason} | ({"image": address} if address else {})) from error
     return record, images
 
 

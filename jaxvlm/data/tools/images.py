@@ -14,7 +14,7 @@ from PIL import Image
 
 from jaxvlm.data import DataError
 from jaxvlm.data.image import MAX_PIXELS, image_size, load_image
-from jaxvlm.data.sources import Source
+from jaxvlm.data.sources import Source, image_address
 
 # What can be wrong with an image, and what that means where the word does not say it. The order is that of a report.
 FAULTS = {
@@ -39,7 +39,7 @@ class Look(NamedTuple):
 def look(source: Source, name: str, quick: bool = False) -> Look:
     """Looks at an image: decodes all of it, or reads no more than its header with `quick`."""
     path = source.image_file(name)
-    shown = path or f"{source.path}, image {name}"
+    shown = image_address(source, name)
     try:
         if path and not os.path.getsize(path):
             return Look("empty", f"image file {path} is missing or empty")

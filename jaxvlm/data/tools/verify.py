@@ -22,12 +22,12 @@ import numpy as np
 from jaxvlm.config import DataConfig, ModelConfig, PromptConfig, SourceConfig
 from jaxvlm.data import DataError, llava_mix
 from jaxvlm.data.bad import reasons
+from jaxvlm.data.columns import cache_folder
 from jaxvlm.data.conversation import check_template, record_images, render_record
 from jaxvlm.data.image import MAX_PIXELS
-from jaxvlm.data.loader import cache_folder
 from jaxvlm.data.mixture import check_sources
 from jaxvlm.data.samples import usable
-from jaxvlm.data.sources import Source, open_source
+from jaxvlm.data.sources import Source, image_address, open_source
 from jaxvlm.data.table import cached_table, splicing_for
 from jaxvlm.data.tiles import tiling
 from jaxvlm.data.tokenizer import Tokenizer
@@ -72,7 +72,7 @@ def verify(
 
     Raises `DataError` if the source itself cannot be opened.
     """
-    source = open_source(config)
+    source = open_source(config, log=out)
     out(f"{config.path}: {len(source):,} records")
     records = _read_records(source)
     with warnings.catch_warnings():  # PIL's warnings of odd but readable files
@@ -104,9 +104,10 @@ def verify_stage(
     check_template(tokenizer, prompt.template)
     check_sources(data.sources)
     splicing = splicing_for(prompt, tokenizer, tiling(model, prompt), data.tiles_per_row)
-    cache = cache_folder() / "tables"
-    tables = [cached_table(one, prompt.template, splicing, tokenizer, seed, cache, print) for one in data.sources]
-    found = usable(dataclasses.replace(data, quarantine=""), tables)
+    sources = [open_source(config, log=print) for config in data.sources]
+    made_with = (prompt.template, splicing, tokenizer, seed, cache_folder() / "tables", print)
+    tables = [cached_table(source, config, *made_with) for source, config in zip(sources, data.sources, strict=True)]
+    found = usable(dataclasses.replace(data, quarantine=""), sources, tables)
     bad = [entry for entries in found.skipped.values() for entry in entries]
     new = [entry for entry in bad if (entry["file"], entry["record"]) not in known]
     finding = Finding("ok", "records", f"{sum(found.records.values()):,} to train on")
@@ -259,7 +260,7 @@ class _Images:
         for use in np.flatnonzero(bad[self.uses]) if len(bad) else ():
             one, number = self.looks[self.uses[use]], self.records.owner[use]
             name = record_images(self.source[number])[self.records.place[use]]
-            yield number, one.reason, self.source.image_file(name) or name
+            yield number, one.reason, image_address(self.source, name)
 
     def findings(self, folder: str) -> list[Finding]:
         """What is wrong, fault by fault, and what is merely odd."""
