@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from mix_helpers import write_mix
+from mix_helpers import write_image, write_mix
 
 from jaxvlm.config import SourceConfig
 from jaxvlm.data import DataError
@@ -83,6 +83,23 @@ def test_the_shards_hold_the_source(mix, tmp_path, capsys):
     assert not stop.value.code
     out = capsys.readouterr().out
     assert "36 of 36 decode" in out and "ocrvqa" in out and "All is well." in out
+
+
+def test_a_damaged_image_inside_the_shards(mix, tmp_path, capsys):
+    """Converting reads headers; what does not decode is found by verifying the set, and inspect names it as it was."""
+    records = json.loads(mix.read_text())
+    number, name = next((i, r["image"]) for i, r in enumerate(records) if r.get("image", "").startswith("textvqa"))
+    write_image(mix.parent / name, 1, size=(300, 300))
+    (mix.parent / name).write_bytes((mix.parent / name).read_bytes()[:-400])
+    convert(source_of(mix), tmp_path / "out")
+    with pytest.raises(SystemExit) as stop:
+        main(["data", "verify", str(tmp_path / "out"), "--quarantine", str(tmp_path / "bad.jsonl")])
+    assert stop.value.code == 1 and "inside the data set" in capsys.readouterr().out
+    (entry,) = map(json.loads, (tmp_path / "bad.jsonl").read_text().splitlines())
+    assert entry["record"] == number and entry["image"] == f"{tmp_path / 'out'}#{number}:0"
+    with pytest.raises(SystemExit):
+        main(["data", "inspect", str(tmp_path / "out"), "--sample", str(number)])
+    assert f"{name}: broken" in capsys.readouterr().out
 
 
 def test_shards_of_shards(mix, tmp_path):

@@ -1,5 +1,6 @@
 """`jaxvlm data verify`: every fault is found, blamed on the right records, and comes with its repair."""
 
+import dataclasses
 import io
 import json
 import random
@@ -11,16 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data_helpers import llama_tokenizer
 from mix_helpers import SOURCES, write_image, write_mix
 from PIL import Image
 
 from jaxvlm.config import SourceConfig
-from jaxvlm.data import llava_mix
+from jaxvlm.data import DataError, llava_mix
+from jaxvlm.data.loader import Loader
 from jaxvlm.data.sources import open_source
 from jaxvlm.data.tools import images as image_checks
 from jaxvlm.data.tools.images import in_threads, look
 from jaxvlm.data.tools.verify import verify
-from jaxvlm.main import main
+from jaxvlm.main import load_config, main
 
 
 @pytest.fixture
@@ -309,3 +312,42 @@ def test_several_images_and_shared_ones(tmp_path):
     broken = [i for i, record in enumerate(records) if {"2.jpg", "5.jpg"} & set(record.get("image", ()))]
     assert [entry["record"] for entry in found.bad] == broken and 5 < len(broken) < 50
     assert sorted(found.fetch) == ["2.jpg", "5.jpg"] and found.problems
+
+
+# ---------------------------------------------------------------------------------------------------- before a training
+
+
+def test_the_list_lets_a_training_begin(mix, tmp_path, capsys):
+    """Verify a config, then load with its list: what is left is what training takes, with nothing to skip."""
+    records = json.loads(mix.read_text())
+    (mix.parent / records[0].get("image", "gqa/images/2370000.jpg")).unlink()
+    records[7]["conversations"][1]["value"] = "word " * 300  # too long for the row
+    del records[9]["conversations"][-1]
+    mix.write_text(json.dumps(records))
+    source = dict(name="mix", path=str(mix), images=str(mix.parent), mix=llava_mix.MIX)
+    tokenizer = str(llama_tokenizer(tmp_path / "tokenizer"))
+    values = dict(
+        model=dict(vision=dict(image_size=28, patch_size=14)),
+        prompt=dict(tokenizer=tokenizer, length=256, truncation="drop"),
+        stages=[dict(name="only", data=dict(sources=[source], max_bad_share=1.0))],
+    )
+    config = tmp_path / "config.py"
+    config.write_text(
+        f"from jaxvlm.config import complete\ndef get_config(arg=None):\n    return complete({values!r})\n"
+    )
+    listed = str(tmp_path / "bad.jsonl")
+    with pytest.raises(SystemExit) as stop:
+        main(["data", "verify", "--config", str(config), "--quarantine", listed])
+    out = capsys.readouterr().out
+    assert stop.value.code == 1 and "1 that training refuses, beside those above" in out and "is longer than" in out
+    found = quarantined(listed)
+    assert {7, 9} < found.keys() and len(found) >= 3
+
+    run_config = load_config(str(config))
+    data = run_config.stages[0].data
+    kept = dict(batch_size=1, seed=0, epochs=1, cache_dir=tmp_path / "cache")
+    with pytest.raises(DataError, match="cannot be used"):
+        Loader(data, run_config.prompt, run_config.model, **kept)
+    data = dataclasses.replace(data, bad_records="quarantine", quarantine=listed)
+    stats = Loader(data, run_config.prompt, run_config.model, **kept).stats()
+    assert stats["records"] == len(records) - len(found) and stats["quarantined"] == len(found) and not stats["skipped"]
