@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxvlm.config import ConfigError, DataConfig, ModelConfig, PromptConfig, SourceConfig, StageConfig
+from jaxvlm.config import ConfigError, DataConfig, ModelConfig, PromptConfig, RunConfig, SourceConfig, StageConfig
 
 USAGE = """jaxvlm data: look at a data set, check it, count it and convert it.
 
@@ -170,9 +170,9 @@ def convert(argv: Sequence[str]) -> int:
         out = Path(options.out, source.name) if len(sources) > 1 else Path(options.out)
         more = {name: getattr(options, name) for name in ("shards", "workers", "quarantine", "skip_bad")}
         made = convert_source(source, out, **more)
-        size = sum(shard["bytes"] for shard in made["shards"]) / 1e9
-        images = f"{made['images']:,} images, {len(made['shards']):,} shards, {size:.2f} GB"
-        print(f"{out}: {made['records']:,} records with {images}.")
+        size = sum(shard["bytes"] for shard in made["shards"]) / 1e6
+        files = f"{len(made['shards']):,} shard{'s' * (len(made['shards']) > 1)} of {size:,.1f} MB in all"
+        print(f"{out}: {made['records']:,} records with {made['images']:,} images in {files}.")
         if (out / "left_out.jsonl").is_file():
             print(f"{out}/left_out.jsonl lists what was left out, and why.")
         print(f"Check it with: jaxvlm data verify {out}")
@@ -286,12 +286,13 @@ def _stages(options: argparse.Namespace, overrides: list[str]) -> list[Chosen]:
     if not stages:
         names = ", ".join(repr(stage.name) for stage in config.stages) or "none"
         raise ConfigError(f"There is no stage '{options.stage}' in {options.config}; its stages are {names}.")
-    return [_chosen(stage, resolve_assets(config)) for stage in map(resolve_assets, stages)]
+    prompt = resolve_assets(config.prompt)  # the weights are not asked for
+    return [_chosen(stage, prompt, config) for stage in map(resolve_assets, stages)]
 
 
-def _chosen(stage: StageConfig, config) -> Chosen:
+def _chosen(stage: StageConfig, prompt: PromptConfig, config: RunConfig) -> Chosen:
     changes = {key: getattr(stage.data, key) for key in ("template", "transform", "length")}
-    prompt = dataclasses.replace(config.prompt, **{key: value for key, value in changes.items() if value is not None})
+    prompt = dataclasses.replace(prompt, **{key: value for key, value in changes.items() if value is not None})
     return Chosen(
         f"{config.name}, stage {stage.name}", stage.data.sources, prompt, config.model, stage.data, config.seed
     )

@@ -71,7 +71,7 @@ def test_the_shards_hold_the_source(mix, tmp_path, capsys):
             ]
         )
     assert not stop.value.code
-    assert "40 records with 36 images, 3 shards" in capsys.readouterr().out
+    assert "40 records with 36 images in 3 shards of" in capsys.readouterr().out
     holds(tmp_path / "out", mix)
     assert {file.name for file in (tmp_path / "out").iterdir()} == {*shards(tmp_path / "out"), "manifest.json"}
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
@@ -252,6 +252,6 @@ def test_the_sources_of_a_config(tmp_path, capsys):
     assert "different names" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
         main(["data", "convert", *config, "--stage", "instruct", out, "--workers=1"])
-    assert not stop.value.code and "96 records with 80 images, 1 shards" in capsys.readouterr().out
+    assert not stop.value.code and "96 records with 80 images in 1 shard of" in capsys.readouterr().out
     assert main(["data", "convert", "a.json"]) == 1
     assert "Give PATH and OUT (or --config CONFIG)." in capsys.readouterr().err

@@ -7,7 +7,7 @@ from html import escape
 
 from jaxvlm.html import axis_ticks, document, percent, table
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 340, 170, 40, 22, 8, 18  # of a histogram, in SVG units
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 340, 170, 44, 22, 8, 18  # of a histogram, in SVG units
 SIDE = 240  # of a map of sizes
 
 
@@ -64,13 +64,15 @@ def _table(made: dict) -> str:
             tiles = percent(group["packed_tile_fill"]) if group["images"] else "&ndash;"
             cells += [percent(group["packed_fill"]), tiles, percent(group["unpacked_fill"])]
         rows.append(f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>')
-    every = list(made["groups"].values())[-1]
     note = ""
     if packed:
+        one = len(rows) == 1
+        slots = list(made["groups"].values())[-1]["tiles_per_row"]
         note = (
-            f'<p class="quiet">Fill: the part of rows of {made["row_length"]:,} tokens that holds something, each source '
-            f"packed by itself (the last line: all together), and with one conversation a row. Tile fill: of "
-            f"its tile slots, in the last line {every['tiles_per_row']} a row. Cut: records longer than a row.</p>"
+            f'<p class="quiet">Fill: the part of rows of {made["row_length"]:,} tokens that holds something, '
+            f"{'packed' if one else 'each source packed by itself (the last line: all together)'} and with one conversation "
+            f"a row. Tile fill: of its tile slots, {'' if one else 'in the last line '}{slots} a row. Cut: records longer than a "
+            "row.</p>"
         )
     return f'<section aria-label="Sources">{table("By source", heads, rows)}{note}</section>'
 
