@@ -23,6 +23,7 @@ from jaxvlm.data.columns import Columns, Log, cached, new_folder, open_array
 VERSION = 1  # raise it when the same file would give another index
 SMALL = 1 << 25  # bytes; a smaller file is scanned whenever it is opened, in a fraction of a second
 BLOCK = 1 << 22
+COUNTED = 1 << 22  # bytes whose lines are counted at a time
 WHOLE = 1 << 28  # bytes of an unfinished record that are looked through for what is wrong with it
 BOM = b"\xef\xbb\xbf"
 
@@ -57,7 +58,7 @@ class JsonSource:
             each = " Each line must be one record." if self._lines else ""
             raise DataError(f"line {line} is not JSON: column {column}: {error.msg}.{each}") from error
         except UnicodeDecodeError as error:
-            raise DataError(f"line {self._text.line(start)} is not UTF-8; convert the file to UTF-8.") from error
+            raise DataError(f"line {self._text.place(start)[0]} is not UTF-8; convert the file to UTF-8.") from error
 
     def image(self, name: str) -> str:
         return os.path.abspath(os.path.join(self.images, name))
@@ -86,7 +87,11 @@ class _TextFile:
     def __init__(self, path: str):
         self.path = path
         self._file: BinaryIO | None = None
-        self._counted = (0, 1)  # a place in the file, and the number of the line there
+        self._counted = (
+            0,
+            1,
+            0,
+        )  # a place in the file, the number of the line there, and characters before it in the line
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_file": None}
@@ -95,21 +100,16 @@ class _TextFile:
         file = self._file = self._file or open(self.path, "rb", buffering=0)
         return os.pread(file.fileno(), end - start, start)
 
-    def line(self, at: int) -> int:
-        """The number of the line that byte `at` stands in. Errors are mostly asked for from front to back."""
-        place, line = self._counted if self._counted[0] <= at else (0, 1)
-        while place < at and (block := self.read(place, min(place + BLOCK, at))):
-            place, line = place + len(block), line + block.count(b"\n")
-        self._counted = (place, line)
-        return line
-
-    def place(self, start: int, text: str) -> tuple[int, int]:
-        """Line and column of what comes after `text`, which stands at byte `start`."""
+    def place(self, start: int, text: str = "") -> tuple[int, int]:
+        """Line and column of what comes after `text`, which stands at byte `start`. Best asked for from front to back."""
+        place, line, column = self._counted if self._counted[0] <= start else (0, 1, 0)
+        while place < start and (block := self.read(place, min(place + COUNTED, start))):
+            place, line, before = place + len(block), line + block.count(b"\n"), block.rpartition(b"\n")
+            block = before[2].removeprefix(BOM)
+            column = (0 if before[1] else column) + len(block.decode("utf-8", "ignore"))
+        self._counted = (place, line, column)
         lines, newline, last = text.rpartition("\n")
-        if newline:
-            return self.line(start) + lines.count("\n") + 1, len(last) + 1
-        before = self.read(max(0, start - SMALL), start).rpartition(b"\n")[2].removeprefix(BOM)
-        return self.line(start), len(before.decode("utf-8", "replace")) + len(last) + 1
+        return line + lines.count("\n") + len(newline), (0 if newline else column) + len(last) + 1
 
 
 def _write_index(folder: Path, path: str, lines: bool, size: int, log: Log) -> None:
@@ -178,6 +178,9 @@ def _scan_list(file: BinaryIO) -> Iterator[np.ndarray]:
     while block := file.read(BLOCK):
         if scanner.depth or not scanner.started:
             ends = scanner.feed(block)
+            if not scanner.depth and block[ends[-1]] != ord("]"):
+                yield place + 1 + ends[:-1]
+                raise _Broken(place + int(ends[-1]), "Expecting ',' delimiter")
             yield place + 1 + ends
             rest = b"" if scanner.depth else block[ends[-1] + 1 :]
         else:
@@ -241,21 +244,24 @@ def _first_error(path: str, broken: _Broken) -> DataError:
     try:
         with open(path, "rb") as scanned:
             offsets = itertools.chain.from_iterable(part.tolist() for part in _scan_list(scanned))
-            start = next(offsets)
+            start = first = next(offsets)
             try:
                 for end in offsets:
-                    json.loads(file.read(start, end - 1).decode("utf-8"))
+                    data = file.read(start, end)
+                    if start > first or data.strip() != b"]":
+                        json.loads(data[:-1].decode("utf-8"))
                     start = end
             except _Broken:
                 if message != "Extra data":  # what comes after the last whole record, as if it came first
                     start -= 1
-                    json.loads("[" + file.read(start + 1, min(at, start + WHOLE)).decode("utf-8"))
+                    rest = file.read(start, min(at, start + WHOLE))
+                    json.loads((b"[" + rest[1:]).decode("utf-8"))
     except UnicodeDecodeError as error:
         return DataError(f"{path} is not UTF-8 at byte {start + error.start}; convert it to UTF-8.")
     except json.JSONDecodeError as error:
         (line, column), message = file.place(start, error.doc[: error.pos]), error.msg
     else:
-        line, column = file.place(at, "")
+        line, column = file.place(at)
     return DataError(
         f"{path} is not JSON: line {line}, column {column}: {message}."
         " A list that breaks off is a sign of an incomplete download."

@@ -71,15 +71,27 @@ def source_paths(path: str) -> list[str]:
     """
     if os.path.exists(path):
         return [path]
-    if braces := re.search(r"\{([^{}]*)\}", path):
-        start, end = braces.span()
-        return [one for choice in braces[1].split(",") for one in source_paths(path[:start] + choice + path[end:])]
+    if choices := _choices(path):
+        return [one for choice in choices for one in source_paths(choice)]
     if not glob.has_magic(path):
         return [path]
     found = sorted(glob.glob(path, recursive=True))
     if not found:
         raise DataError(f"No file matches {path!r}. Check the source's `path`.")
     return found
+
+
+def _choices(path: str) -> list[str]:
+    """The paths that the first pair of braces stands for, as in a shell; none if there is no pair."""
+    start, depth, cuts = path.find("{"), 0, []
+    for at in range(start, len(path)) if start >= 0 else ():
+        depth += {"{": 1, "}": -1}.get(path[at], 0)
+        if path[at] == "," and depth == 1:
+            cuts.append(at)
+        if depth == 0:
+            ends = [start, *cuts, at]
+            return [path[:start] + path[a + 1 : b] + path[at + 1 :] for a, b in itertools.pairwise(ends)]
+    return []
 
 
 def _open(path: str, images: str, cache: Path, log: Log) -> Source:
@@ -144,7 +156,8 @@ class Several:
         return self._starts[-1]
 
     def __getitem__(self, i: int) -> dict:
-        part, first = self._part(range(len(self))[i])
+        i = range(len(self))[i]
+        part, first = self._part(i)
         try:
             record = part[i - first]
         except DataError as error:
