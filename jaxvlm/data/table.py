@@ -37,6 +37,7 @@ from jaxvlm.data.tokenizer import Tokenizer
 
 VERSION = 4  # raise it when the same records would give other arrays
 CHUNK = 512  # records tokenised in one call
+LARGE = 50_000  # records; more of them are worth starting processes for
 ROWS = 8192  # records counted at a time
 COUNTS = ("lengths", "supervised_tokens", "used_images", "tiles", "dropped_images", "truncated")
 
@@ -121,7 +122,7 @@ def _encode_records(new: Path, source: Source, config, encode: _Encode, seed, pr
     chunks = (indices[start : start + CHUNK].tolist() for start in range(0, total, CHUNK))
     started = said = time.perf_counter()
     for start, chunk in zip(
-        range(0, total, CHUNK), in_order(encode, chunks, processes if total > 50_000 else 0), strict=True
+        range(0, total, CHUNK), in_order(encode, chunks, processes if total > LARGE else 0), strict=True
     ):
         records = indices[start : start + CHUNK]
         bad = (
