@@ -263,9 +263,7 @@ class SourceConfig:
     path: str = ""
     images: str = ""  # folder that the records' image paths are relative to
     fraction: float = 1.0  # a seeded random part of the records (1.0 = all, 2.0 = each twice)
-    weight: float | None = (
-        None  # share of an epoch's samples, relative to the other sources'; None: as many as there are
-    )
+    weight: float | None = None  # share of an epoch's samples, relative to the others'; None: as many as there are
     mix: str = ""  # llava_v1_5_mix665k: tell the sources inside this file apart
     keep: tuple[str, ...] = ()  # the sources inside the mix to use; () is all
     text_only: bool = True  # use records without an image too
@@ -281,12 +279,8 @@ class DataConfig:
     transform: str | None = None
     length: int | None = None
     packing: bool = False
-    tiles_per_row: int = (
-        0  # room for image tiles in a row (without tiling an image is one); 0: as much as the data needs
-    )
-    bad_records: str = (
-        "error"  # error | skip (counted and written to a file) | quarantine (as `quarantine` says, else error)
-    )
+    tiles_per_row: int = 0  # room for image tiles in a row (untiled, an image is one); 0: as much as the data needs
+    bad_records: str = "error"  # error | skip (counted, written to a file) | quarantine (what it lists, else error)
     quarantine: str = ""  # JSONL of records to leave out, as `jaxvlm data verify` writes it
     max_bad_share: float = 0.05  # of a source's records that may be lost; more of them stop the run
     num_threads: int = 2
