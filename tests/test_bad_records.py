@@ -37,10 +37,10 @@ def folder(tmp_path):
     return tmp_path
 
 
-def loader(folder, names="ab", **data):
+def loader(folder, names="ab", truncation="after_splice", **data):
     sources = tuple(SourceConfig(name, str(folder / f"{name}.json"), str(folder)) for name in names)
     settings = dict(sources=sources, packing=True, bad_records="skip", max_bad_share=0.2) | data
-    prompt = PromptConfig(str(folder / "tokenizer"), template="prism", length=64)
+    prompt = PromptConfig(str(folder / "tokenizer"), template="prism", length=64, truncation=truncation)
     model = ModelConfig(vision=VisionConfig(image_size=28, patch_size=14))
     options = dict(batch_size=4, seed=0, cache_dir=folder / "cache", skipped_path=folder / "out" / "skipped.jsonl")
     return Loader(DataConfig(**settings), prompt, model, **options)
@@ -248,6 +248,20 @@ def test_a_resumed_stage_replaces_its_event(tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------------- what was cut
+
+
+def test_what_is_dropped_for_its_length_is_counted_and_no_error(folder):
+    long = [record("q", "word " * 100, id="long"), *(record("q", "a", id=i) for i in range(2))]
+    (folder / "long.json").write_text(json.dumps(long))
+    with pytest.raises(
+        DataError, match="record number 0: record 'long': the sequence has .* tokens but `length` is 64"
+    ):
+        loader(folder, ["long"], "error", bad_records="error")
+    made = loader(folder, ["long"], "drop", bad_records="error", max_bad_share=0.0)
+    stats = made.stats()
+    assert (stats["records"], stats["dropped"], stats["skipped"], made.skipped_path) == (2, 1, 0, None)
+    assert mixture_table(stats).splitlines()[1:][0].split()[-1] == "1"
+    assert "long: 1 left out: longer than `length`" in mixture_table(stats)
 
 
 def test_what_is_cut_off_is_shown_for_each_source(folder):

@@ -25,7 +25,7 @@ from jaxvlm.config import PromptConfig, SourceConfig
 from jaxvlm.data import DataError, llava_mix
 from jaxvlm.data.conversation import IMAGE_TOKEN, Encoded, encode_all, record_images
 from jaxvlm.data.image import image_size
-from jaxvlm.data.layout import Spliced, splice
+from jaxvlm.data.layout import DROPPED, Spliced, splice
 from jaxvlm.data.mixture import choose, prepared
 from jaxvlm.data.sources import file_stats, image_path, read_records
 from jaxvlm.data.tiles import ImagePlan, Tiling, image_plan, image_plans
@@ -211,7 +211,7 @@ def _usable(base: SimpleNamespace, row: int, splicing: Splicing, sizes: np.ndarr
         raise DataError(f"{name}: {error}") from error
     length, limit = splicing.settings["length"], splicing.tiles_per_row
     if spliced is None:
-        raise DataError(f"{name} is longer than `length` ({length}), and `truncation` is 'drop'.")
+        raise DataError(f"{name} is longer than `length` ({length}), {DROPPED}")
     if not spliced.weights.any():
         raise DataError(
             f"{name} has no supervised token within `length` ({length}); raise it, or leave the record out."
