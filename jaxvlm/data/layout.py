@@ -18,6 +18,7 @@ from jaxvlm.data.tiles import WHOLE, ImagePlan
 
 LAYOUTS = ("llava", "prismatic", "hf")
 TRUNCATIONS = ("after_splice", "before_splice", "drop", "error")
+DROPPED = "and `truncation` is 'drop'."  # how the reason ends why a record that is too long is left out
 
 
 class Spliced(NamedTuple):

@@ -168,6 +168,7 @@ class Loader:
 
         `tokens` are those that are not padding, `fill` is their share of the rows, `tile_fill` that of the filled tile
         slots. `records` can be used; `lost` ones cannot, `skipped` by reason, and `quarantined`, which somebody has listed.
+        `dropped` are left out because of their length.
         """
         samples, used, found = self._samples, self._rows.samples, self._usable
         counted = {"tokens": "length", "supervised_tokens": "supervised", "images": "images", "tiles": "tiles"}
@@ -181,6 +182,7 @@ class Loader:
             name: {"records": found.records[name], "lost": self._lost(name)}
             | {key: int(values[k]) for key, values in totals.items()}
             | {"skipped": bad.reasons(found.skipped[name]), "quarantined": len(found.quarantined[name])}
+            | {"dropped": len(found.dropped[name])}
             for k, name in enumerate(self.source_names)
         }
         sums = {key: int(values.sum()) for key, values in totals.items()}
@@ -193,6 +195,7 @@ class Loader:
             "records": sum(found.records.values()),
             "skipped": sum(map(len, found.skipped.values())),
             "quarantined": sum(map(len, found.quarantined.values())),
+            "dropped": sum(map(len, found.dropped.values())),
             **sums,
             "sources": sources,
         }

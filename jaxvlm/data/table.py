@@ -28,7 +28,7 @@ from jaxvlm.data import DataError, llava_mix
 from jaxvlm.data.columns import Columns, Log, Texts, cached, new_folder, open_array
 from jaxvlm.data.conversation import IMAGE_TOKEN, Encoded, encode_all, record_images
 from jaxvlm.data.image import image_size
-from jaxvlm.data.layout import Spliced, splice
+from jaxvlm.data.layout import DROPPED, Spliced, splice
 from jaxvlm.data.mixture import choose, prepared
 from jaxvlm.data.processes import in_order
 from jaxvlm.data.sources import Source, image_address, image_stats
@@ -369,7 +369,7 @@ def _usable(base: SimpleNamespace, row: int, splicing: Splicing, sizes: np.ndarr
         raise DataError(f"{name}: {error}") from error
     length, limit = splicing.settings["length"], splicing.tiles_per_row
     if spliced is None:
-        raise DataError(f"{name} is longer than `length` ({length}), and `truncation` is 'drop'.")
+        raise DataError(f"{name} is longer than `length` ({length}), {DROPPED}")
     if not spliced.weights.any():
         raise DataError(
             f"{name} has no supervised token within `length` ({length}); raise it, or leave the record out."
