@@ -22,6 +22,7 @@ from jaxvlm.config import DataConfig, ModelConfig, PromptConfig
 from jaxvlm.data import DataError
 from jaxvlm.data.conversation import check_template
 from jaxvlm.data.image import transform_version
+from jaxvlm.data.instruction import instruction_tokenizer
 from jaxvlm.data.packing import plan
 from jaxvlm.data.rows import RowReader, Samples
 from jaxvlm.data.sources import image_path, missing_files
@@ -39,7 +40,8 @@ class Loader:
     The run ends after `steps`, or after `epochs` (a fraction is the first part of an epoch; default 1).
     `features` is an array [n, N, Dv] (a memmap for choice) with a mapping from absolute image paths to the row
     of their first tile; batches then carry 'features' [B, T, N, Dv] in place of 'pixels' uint8 [B, T, H, W, 3].
-    If no record has an image, both and 'tile_mask' are left out.
+    Where the connector reads the instruction they also carry 'qformer_tokens' int32 and 'qformer_mask' bool [B, T, L].
+    If no record has an image, all of these and 'tile_mask' are left out.
 
     Raises `DataError` for records that cannot be used, unless `data.bad_records` is 'skip': they are then
     listed in the file `skipped_path`, one JSON line each with the reason.
@@ -71,9 +73,10 @@ class Loader:
         self.tokenizer = tokenizer = tokenizer or Tokenizer(prompt.tokenizer)
         check_template(tokenizer, prompt.template)
         splicing = splicing_for(prompt, tokenizer, tiling(model, prompt), data.tiles_per_row)
+        instructions = instruction_tokenizer(model, prompt)
         cache = cache_folder(cache_dir) / "tables"
         self._tables = [
-            cached_table(source, prompt.template, splicing, tokenizer, (seed, i), cache, log)
+            cached_table(source, prompt.template, splicing, tokenizer, (seed, i), cache, log, instructions)
             for i, source in enumerate(data.sources)
         ]
         self._samples, skipped = _usable_samples(data, self._tables, features)
@@ -101,6 +104,7 @@ class Loader:
             splicing=splicing,
             skip_bad_images=data.bad_records == "skip",
             features=features,
+            qformer_length=prompt.qformer_length if instructions else 0,
         )
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:

@@ -12,9 +12,10 @@ import numpy as np
 
 from jaxvlm.data import DataError
 from jaxvlm.data.image import load_image
+from jaxvlm.data.instruction import instruction_fields
 from jaxvlm.data.packing import assemble
 from jaxvlm.data.sources import image_path
-from jaxvlm.data.table import Splicing, open_table, table_images, table_plans, table_spliced
+from jaxvlm.data.table import Splicing, open_table, table_images, table_instructions, table_plans, table_spliced
 from jaxvlm.data.tiles import ImagePlan, image_tiles, pixel_names
 
 
@@ -43,6 +44,7 @@ class RowReader:
     splicing: Splicing
     skip_bad_images: bool
     features: tuple[np.ndarray, Mapping[str, int]] | None
+    qformer_length: int = 0  # L; 0: the connector reads no instructions
 
     def __post_init__(self):
         self.has_images = bool(self.samples.images.any())
@@ -85,6 +87,10 @@ class RowReader:
                 for name, plan in zip(table_images(table, row), table_plans(table, row, self.splicing), strict=False)
             ]
             arrays |= self._tiles(images, arrays)
+        if self.has_images and self.qformer_length:
+            asked = [text for t, (_, row) in zip(tables, places, strict=True) for text in table_instructions(t, row)]
+            tiles = [plan.tiles for *_, plan in images]
+            arrays |= instruction_fields(asked, tiles, self.splicing.tiles_per_row, self.qformer_length)
         return arrays
 
     def _tiles(self, images: list[tuple[int, int, int, ImagePlan]], arrays: dict) -> dict[str, np.ndarray]:

@@ -25,6 +25,7 @@ from jaxvlm.config import PromptConfig, SourceConfig
 from jaxvlm.data import DataError
 from jaxvlm.data.conversation import IMAGE_TOKEN, Encoded, encode_all, record_images
 from jaxvlm.data.image import image_size
+from jaxvlm.data.instruction import InstructionTokenizer
 from jaxvlm.data.layout import Spliced, splice
 from jaxvlm.data.sources import file_stats, image_path, read_records, select
 from jaxvlm.data.tiles import ImagePlan, Tiling, image_plan, image_plans
@@ -66,6 +67,7 @@ def cached_table(
     seed: Sequence[int],
     cache: Path,
     log: Callable[[str], Any],
+    instructions: InstructionTokenizer | None = None,
 ) -> str:
     """The folder of the source's table, made unless the cache has it for these files, tokenizer and settings.
 
@@ -78,9 +80,10 @@ def cached_table(
     whole, layout = float(source.fraction).is_integer(), splicing.settings["layout"]
     key = [VERSION, os.path.abspath(source.path), stat.st_size, stat.st_mtime_ns, template, layout]
     key += [tokenizer.fingerprint_text, source.fraction, None if whole else list(seed)]
+    key += [instructions.fingerprint_text] if instructions else []
     texts = _folder(cache, key)
     if not (texts / "meta.json").is_file():
-        _write(texts, *_encode_records(source, template, layout, tokenizer, seed, log))
+        _write(texts, *_encode_records(source, template, layout, tokenizer, seed, log, instructions))
 
     base = open_table(str(texts))
     stats = None
@@ -101,12 +104,12 @@ def _folder(cache: Path, key: list) -> Path:
     return cache / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
 
 
-def _encode_records(source, template, layout, tokenizer, seed, log) -> tuple[dict, list[dict], dict]:
+def _encode_records(source, template, layout, tokenizer, seed, log, instructions) -> tuple[dict, list[dict], dict]:
     records = read_records(source.path)
     indices, copies = np.unique(select(len(records), source.fraction, seed), return_counts=True)
     if len(indices) > 2000:
         log(f"{source.name or source.path}: tokenising {len(indices):,} records (kept for the next run)")
-    tokens, supervised, images, rows, ids, bad = [], [], [], [], [], []
+    tokens, supervised, images, asked, rows, ids, bad = [], [], [], [], [], [], []
     names: dict[str, int] = {}
     for start in range(0, len(indices), CHUNK):
         numbers = indices[start : start + CHUNK].tolist()
@@ -122,6 +125,7 @@ def _encode_records(source, template, layout, tokenizer, seed, log) -> tuple[dic
             tokens.append(one.tokens)
             supervised.append(one.weights > 0)
             images.append([names.setdefault(name, len(names)) for name in record_images(record)])
+            asked += instructions.encode(record["conversations"]) if instructions else []
             rows.append((number, copies[k]))
     record, copies = np.asarray(rows, np.int64).reshape(-1, 2).T
     arrays = {
@@ -133,6 +137,8 @@ def _encode_records(source, template, layout, tokenizer, seed, log) -> tuple[dic
         "record": record,
         "copies": copies,
     }
+    if instructions:  # one for each entry of `images`
+        arrays |= {"instructions": _flat(asked, np.int32), "instruction_offsets": _offsets(asked)}
     return arrays, bad, {"image_names": list(names), "ids": ids}
 
 
@@ -268,6 +274,12 @@ def table_images(table: SimpleNamespace, row: int) -> np.ndarray:
     """Indices into `image_names` of the images that a record uses."""
     start = table.image_offsets[row]
     return table.images[start : start + table.used_images[row]]
+
+
+def table_instructions(table: SimpleNamespace, row: int) -> list[np.ndarray]:
+    """The instruction of each image that a record uses, int32 [n], where the connector reads it."""
+    first, ends = table.image_offsets[row], table.instruction_offsets
+    return [table.instructions[ends[i] : ends[i + 1]] for i in range(first, first + table.used_images[row])]
 
 
 def table_plans(table: SimpleNamespace, row: int, splicing: Splicing) -> list[ImagePlan]:
