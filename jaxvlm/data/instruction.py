@@ -36,13 +36,14 @@ class InstructionTokenizer:
         return [np.asarray(self._tokenizer.encode(text).ids, np.int32) for text in image_instructions(conversations)]
 
 
-def _read(folder: Path, lowercase: bool) -> tokenizers.Tokenizer | tokenizers.BertWordPieceTokenizer:
+def _read(folder: Path, lowercase: bool) -> tokenizers.Tokenizer:
     file, vocab = folder / "tokenizer.json", folder / "vocab.txt"
     try:
         if file.is_file():
             return tokenizers.Tokenizer.from_file(str(file))
         if vocab.is_file():
-            return tokenizers.BertWordPieceTokenizer.from_file(str(vocab), lowercase=lowercase)
+            bert = tokenizers.BertWordPieceTokenizer(str(vocab), lowercase=lowercase)
+            return tokenizers.Tokenizer.from_str(bert.to_str())
     except Exception as error:  # the library raises bare Exception
         raise DataError(f"prompt.qformer_tokenizer: {folder} cannot be read: {error}") from error
     raise DataError(
