@@ -93,9 +93,7 @@ def require_exportable(model: ModelConfig, prompt: PromptConfig, format: str) ->
     reasons = _peft_reasons(model) if format == "peft" else TARGETS[format].reasons(model, prompt)
     if reasons:
         others = [name for name, target in TARGETS.items() if not target.reasons(model, prompt)]
-        own = (
-            "No other form holds it either: keep jaxvlm's own, which jaxvlm chat, eval and jaxvlm.load read."
-        )
+        own = "No other form holds it either: keep jaxvlm's own form, which jaxvlm chat, eval and jaxvlm.load read."
         instead = f"Use --format {others[0]}." if others else own
         raise WeightsError(f"'{format}' cannot hold this model: {'; '.join(reasons)}. {instead}")
 
