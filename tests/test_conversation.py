@@ -200,7 +200,8 @@ text = st.text(alphabet=st.sampled_from("ab .:\n</s>日🎉1[]"), max_size=12)
 )
 @pytest.mark.parametrize("layout", ["llava", "prismatic"])
 def test_the_prompt_is_the_start_of_the_training_tokens(tokenizers, template, texts, image, layout):
-    assume(template != "blip2" or all(map(str.strip, texts)))  # nothing keeps the white space around empty turns apart
+    # Where nothing is written around turns, empty ones cannot be told apart.
+    assume(template not in ("blip2", "instructblip") or all(map(str.strip, texts)))
     tokenizer = tokenizers[template]
     texts = texts[: 2 if template == "plain" else len(texts) // 2 * 2]
     texts[0] = f"{texts[0]}<image>" if image else texts[0]
