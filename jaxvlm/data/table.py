@@ -28,6 +28,7 @@ from jaxvlm.data import DataError, llava_mix
 from jaxvlm.data.columns import Columns, Log, Texts, cached, new_folder, open_array
 from jaxvlm.data.conversation import IMAGE_TOKEN, Encoded, encode_all, record_images
 from jaxvlm.data.image import image_size
+from jaxvlm.data.instruction import InstructionTokenizer
 from jaxvlm.data.layout import DROPPED, Spliced, splice
 from jaxvlm.data.mixture import choose, prepared
 from jaxvlm.data.processes import in_order
@@ -75,6 +76,7 @@ def cached_table(
     seed: int,
     cache: Path,
     log: Log,
+    instructions: InstructionTokenizer | None = None,
     processes: int = 0,
 ) -> str:
     """The folder of the source's table, made unless the cache has it for these files, tokenizer and settings.
@@ -86,10 +88,11 @@ def cached_table(
     key = [VERSION, source.fingerprint(), template, layout]
     key += [tokenizer.fingerprint_text, config.fraction, None if whole else seed]
     key += [config.mix, config.keep, config.text_only, config.format_prompts]
+    key += [instructions.fingerprint_text] if instructions else []
     texts = cached(cache, key)
     if not texts.is_dir():
         with new_folder(texts) as new:
-            encode = _Encode(source, config, tokenizer, template, layout)
+            encode = _Encode(source, config, tokenizer, template, layout, instructions)
             _encode_records(new, source, config, encode, seed, processes, log)
 
     base = open_table(str(texts))
@@ -137,6 +140,8 @@ def _encode_records(new: Path, source: Source, config, encode: _Encode, seed, pr
         columns.append("copies", copies[records[chunk.kept]].astype(np.int32))
         columns.append("parts", np.asarray(chunk.parts, np.int16))  # of a mix, indices into `llava_mix.PARTS`
         images.append(chunk.images)
+        if encode.instructions:  # one for each entry of `images`
+            columns.append_parts("instructions", "instruction_offsets", chunk.instructions, np.int32)
         now, done = time.perf_counter(), start + len(records)
         if now - said > 30:
             said = now
@@ -153,6 +158,7 @@ class _Chunk(NamedTuple):
     encoded: list[Encoded]
     ids: list[Any]
     images: list[list[str]]
+    instructions: list[np.ndarray]
     parts: list[int]
     bad: list[tuple[int, Any, int, str]]  # the others: which, its id, its part, the reason
 
@@ -166,12 +172,13 @@ class _Encode:
     tokenizer: Tokenizer
     template: str
     layout: str
+    instructions: InstructionTokenizer | None
 
     def __call__(self, numbers: Sequence[int]) -> _Chunk:
         records = [_read(self.source, number) for number in numbers]
         ready = [prepared(record, self.config) for record in records]
         encoded = encode_all(ready, self.tokenizer, self.template, self.layout)
-        chunk = _Chunk([], [], [], [], [], [])
+        chunk = _Chunk([], [], [], [], [], [], [])
         for k, (record, one) in enumerate(zip(records, encoded, strict=True)):
             identity = record.get("id") if isinstance(record, dict) else None
             part = llava_mix.PARTS.index(llava_mix.source_of(record)) if self.config.mix else 0
@@ -183,6 +190,8 @@ class _Encode:
             chunk.encoded.append(one)
             chunk.ids.append(identity)
             chunk.images.append(record_images(record))
+            if self.instructions:
+                chunk.instructions.extend(self.instructions.encode(ready[k]["conversations"]))
             chunk.parts.append(part)
         return chunk
 
@@ -420,6 +429,12 @@ def table_images(table: SimpleNamespace, row: int) -> np.ndarray:
     """Indices into `image_names` of the images that a record uses."""
     start = table.image_offsets[row]
     return table.images[start : start + table.used_images[row]]
+
+
+def table_instructions(table: SimpleNamespace, row: int) -> list[np.ndarray]:
+    """The instruction of each image that a record uses, int32 [n], where the connector reads it."""
+    first, ends = table.image_offsets[row], table.instruction_offsets
+    return [table.instructions[ends[i] : ends[i + 1]] for i in range(first, first + table.used_images[row])]
 
 
 def table_plans(table: SimpleNamespace, row: int, splicing: Splicing) -> list[ImagePlan]:
