@@ -151,6 +151,10 @@ class ConnectorConfig:
     resampler: ResamplerConfig = field(default_factory=ResamplerConfig)
     sva: SVAConfig = field(default_factory=SVAConfig)
 
+    @property
+    def reads_text(self) -> bool:  # the instruction, beside the image
+        return self.kind == "qformer" and self.qformer.text_vocab_size > 0
+
 
 @dataclass(frozen=True)
 class LoRAConfig:
@@ -247,9 +251,11 @@ class PromptConfig:
     grids: tuple[tuple[int, int], ...] = ()  # anyres, hd: the (rows, columns) of tiles to choose from; () is its own
     max_tiles: int = 0  # `anyres_max_N`: a grid of more than N tiles' tokens is scaled down to that; 0 is no limit
     tile_several: bool = True  # False (OneVision): of several images in a conversation each is one letterboxed tile
-    layout: str = "llava"  # llava | prismatic | hf
+    layout: str = "llava"  # llava | prismatic | hf | images_first
     length: int = 2048  # tokens in a row, visual tokens included
     truncation: str = "after_splice"  # after_splice | before_splice | drop | error
+    qformer_tokenizer: str = ""  # folder of the tokenizer of a Q-Former that reads the instruction
+    qformer_length: int = 128  # tokens of an instruction, which is cut to that (LAVIS's max_txt_len)
 
 
 # ------------------------------------------------------------------------------------------------------------ training

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import source_helpers
 
 import jaxvlm.data
 
@@ -38,3 +39,24 @@ def test_inference_side_pulls_in_no_framework():
     code = f"import sys, {modules}; print(*{heavy} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == ""
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory):
+    return source_helpers.write_every_kind(tmp_path_factory.mktemp("kinds"), count=8)
+
+
+@pytest.mark.parametrize("kind", source_helpers.KINDS)
+def test_reading_a_source_pulls_in_no_framework(kinds, kind):
+    code = f"""
+import sys
+from jaxvlm.config import SourceConfig
+from jaxvlm.data.conversation import record_images
+from jaxvlm.data.image import load_image
+from jaxvlm.data.sources import open_source
+source = open_source({kinds[kind]!r})
+print(len([load_image(source.image(name)) for record in source for name in record_images(record)]))
+print(*{{"jax", "torch", "tensorflow", "transformers", "grain"}} & set(sys.modules))
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout == "8\n\n"

@@ -95,7 +95,7 @@ def kind(entry: Mapping[str, Any]) -> str:
         reason = reason.replace(entry["image"], "…")
     reason = re.sub(r"""(["'])(?:\\.|(?!\1).)*\1""", "…", reason)
     reason = re.sub(r"(?<![\w`])(?:/[^\s:;,]+)+", "…", reason)
-    reason = re.sub(r"\brecord … ?:? ?", "", reason)
+    reason = re.sub(r"\brecord (?:…|\d+|None):? ?", "", reason)
     return re.sub(r"\d[\d,.]*(?<=\d)", "N", reason)
 
 

@@ -23,6 +23,7 @@ from jaxvlm.data import DataError, bad
 from jaxvlm.data.columns import cache_folder
 from jaxvlm.data.conversation import check_template
 from jaxvlm.data.image import transform_version
+from jaxvlm.data.instruction import instruction_tokenizer
 from jaxvlm.data.mixture import check_sources, epoch_samples
 from jaxvlm.data.packing import Rows, plan, slots_needed
 from jaxvlm.data.rows import Plan, RowReader, saved_plan
@@ -42,7 +43,8 @@ class Loader:
     The run ends after `steps`, or after `epochs` (a fraction is the first part of an epoch; default 1).
     `features` is an array [n, N, Dv] (a memmap for choice) with a mapping from absolute image paths to the row
     of their first tile; batches then carry 'features' [B, T, N, Dv] in place of 'pixels' uint8 [B, T, H, W, 3].
-    If no record has an image, both and 'tile_mask' are left out.
+    Where the connector reads the instruction they also carry 'qformer_tokens' int32 and 'qformer_mask' bool [B, T, L].
+    If no record has an image, all of these and 'tile_mask' are left out.
 
     Raises `DataError` for records that cannot be used, unless `data.bad_records` is 'skip': they are then listed in the
     file `skipped_path`, one JSON line each with the reason, and images that turn out to be broken later in `broken_path`.
@@ -74,13 +76,22 @@ class Loader:
         self.tokenizer = tokenizer = tokenizer or Tokenizer(prompt.tokenizer)
         check_template(tokenizer, prompt.template)
         splicing = splicing_for(prompt, tokenizer, tiling(model, prompt), data.tiles_per_row)
+        instructions = instruction_tokenizer(model, prompt)
         cache = cache_folder(cache_dir) / "tables"
         self._plans = cache.with_name("plans")
         self._sources = [open_source(config, cache_dir, log) for config in data.sources]
-        self._tables = [
-            cached_table(source, config, prompt.template, splicing, tokenizer, seed, cache, log, data.num_workers)
-            for source, config in zip(self._sources, data.sources, strict=True)
-        ]
+        make = functools.partial(
+            cached_table,
+            template=prompt.template,
+            splicing=splicing,
+            tokenizer=tokenizer,
+            seed=seed,
+            cache=cache,
+            log=log,
+            instructions=instructions,
+            processes=data.num_workers,
+        )
+        self._tables = [make(*pair) for pair in zip(self._sources, data.sources, strict=True)]
         self._usable = found = usable(data, self._sources, self._tables, features)
         self._samples, self.source_names = samples, _ = found[:2]
         default = cache / f"skipped-{hashlib.sha256(str(self._tables).encode()).hexdigest()[:16]}.jsonl"
@@ -104,6 +115,7 @@ class Loader:
             splicing=splicing._replace(tiles_per_row=self.tiles_per_row),
             broken=bad.BrokenImages(self.broken_path) if data.bad_records == "skip" else None,
             features=features,
+            qformer_length=prompt.qformer_length if instructions else 0,
         )
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
@@ -168,6 +180,7 @@ class Loader:
 
         `tokens` are those that are not padding, `fill` is their share of the rows, `tile_fill` that of the filled tile
         slots. `records` can be used; `lost` ones cannot, `skipped` by reason, and `quarantined`, which somebody has listed.
+        `dropped` are left out because of their length.
         """
         samples, used, found = self._samples, self._rows.samples, self._usable
         counted = {"tokens": "length", "supervised_tokens": "supervised", "images": "images", "tiles": "tiles"}
@@ -181,6 +194,7 @@ class Loader:
             name: {"records": found.records[name], "lost": self._lost(name)}
             | {key: int(values[k]) for key, values in totals.items()}
             | {"skipped": bad.reasons(found.skipped[name]), "quarantined": len(found.quarantined[name])}
+            | {"dropped": len(found.dropped[name])}
             for k, name in enumerate(self.source_names)
         }
         sums = {key: int(values.sum()) for key, values in totals.items()}
@@ -193,6 +207,7 @@ class Loader:
             "records": sum(found.records.values()),
             "skipped": sum(map(len, found.skipped.values())),
             "quarantined": sum(map(len, found.quarantined.values())),
+            "dropped": sum(map(len, found.dropped.values())),
             **sums,
             "sources": sources,
         }

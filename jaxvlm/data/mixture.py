@@ -114,7 +114,9 @@ def mixture_table(stats: Mapping[str, Any]) -> str:
     """`Loader.stats()` as a table of the sources, and below it what was left out and why."""
     heads = ("source", "samples", "tokens", "supervised", "images", "truncated", "images cut", "left out")
     keys = ("samples", "tokens", "supervised_tokens", "images", "truncated", "dropped_images")
-    lines = [(name, *(one[key] for key in keys), one["lost"]) for name, one in stats["sources"].items()]
+    lines = [
+        (name, *(one[key] for key in keys), one["lost"] + one["dropped"]) for name, one in stats["sources"].items()
+    ]
     if len(lines) > 1:
         lines.append(("all", *(sum(line[k] for line in lines) for k in range(1, len(heads)))))
     cells = [heads, *([line[0], *(f"{value:,}" for value in line[1:])] for line in lines)]
@@ -131,4 +133,6 @@ def mixture_table(stats: Mapping[str, Any]) -> str:
         text += [f"{name}: {count:,} left out: {reason}" for reason, count in one["skipped"].items()]
         if one["quarantined"]:
             text.append(f"{name}: {one['quarantined']:,} left out by the quarantine list")
+        if one["dropped"]:
+            text.append(f"{name}: {one['dropped']:,} left out: longer than `length`, where `truncation` is 'drop'")
     return "\n".join(text)

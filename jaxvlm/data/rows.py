@@ -17,9 +17,18 @@ from jaxvlm.data import DataError
 from jaxvlm.data.bad import BrokenImages
 from jaxvlm.data.columns import cached, new_folder, open_array
 from jaxvlm.data.image import load_image
+from jaxvlm.data.instruction import instruction_fields
 from jaxvlm.data.packing import assemble
 from jaxvlm.data.sources import Source, image_address
-from jaxvlm.data.table import Splicing, open_table, record_place, table_images, table_plans, table_spliced
+from jaxvlm.data.table import (
+    Splicing,
+    open_table,
+    record_place,
+    table_images,
+    table_instructions,
+    table_plans,
+    table_spliced,
+)
 from jaxvlm.data.tiles import ImagePlan, image_tiles, pixel_names
 
 
@@ -62,6 +71,7 @@ class RowReader:
     splicing: Splicing
     broken: BrokenImages | None  # where images that cannot be decoded are written down; None: they raise
     features: tuple[np.ndarray, Mapping[str, int]] | None
+    qformer_length: int = 0  # L; 0: the connector reads no instructions
 
     def __post_init__(self):
         self.feature_rows = None
@@ -102,6 +112,10 @@ class RowReader:
                 for name, plan in zip(table_images(table, row), table_plans(table, row, self.splicing), strict=False)
             ]
             arrays |= self._tiles(images, arrays, places)
+        if self.has_images and self.qformer_length:
+            asked = [text for t, (_, row) in zip(tables, places, strict=True) for text in table_instructions(t, row)]
+            tiles = [plan.tiles for *_, plan in images]
+            arrays |= instruction_fields(asked, tiles, self.splicing.tiles_per_row, self.qformer_length)
         return arrays
 
     def _tiles(

@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxvlm.config import DataConfig, SourceConfig
 from jaxvlm.data import bad
+from jaxvlm.data.layout import DROPPED
 from jaxvlm.data.llava_mix import PARTS
 from jaxvlm.data.sources import Source, image_address, image_stats
 from jaxvlm.data.table import missing_image, open_table, record_place, table_images
@@ -36,6 +37,7 @@ class Usable(NamedTuple):
     records: dict[str, int]  # usable records of each name, however often they are used
     skipped: dict[str, list[dict]]  # of each name, entries as `bad` describes them
     quarantined: dict[str, list[dict]]
+    dropped: dict[str, list[dict]]  # for their length, as the truncation asks
 
 
 def usable(
@@ -51,14 +53,15 @@ def usable(
     listed = bad.read_quarantine(data.quarantine, data.sources) if data.quarantine else [{} for _ in tables]
     names = list(dict.fromkeys(name for source in data.sources for name in _names(source)))
     records = dict.fromkeys(names, 0)
-    skipped, quarantined = ({name: [] for name in names} for _ in range(2))
+    skipped, quarantined, dropped = ({name: [] for name in names} for _ in range(3))
     columns = []
     for i, (config, source, folder) in enumerate(zip(data.sources, sources, tables, strict=True)):
         table, mine = open_table(folder), _names(config)
         entries = _left_out(table, config, source, features, listed[i], data.quarantine)
         for number, entry in sorted(entries.items()):
             name = mine[PARTS.index(entry["part"])] if config.mix else mine[0]
-            (quarantined if number in listed[i] else skipped)[name].append(entry)
+            too_long = dropped if entry["reason"].endswith(DROPPED) else skipped
+            (quarantined if number in listed[i] else too_long)[name].append(entry)
         copies = np.where(np.isin(table.record, list(entries)), 0, table.copies)
         number_of = np.asarray([names.index(name) for name in mine], np.int32)[table.parts]
         for k, count in zip(*np.unique(number_of[copies > 0], return_counts=True), strict=True):
@@ -74,10 +77,10 @@ def usable(
         )
         columns.append((np.full(len(rows), i, np.int32), rows, number_of[rows], *(column[rows] for column in found)))
 
-    kept = [name for name in names if records[name] or skipped[name] or quarantined[name]]
+    kept = [name for name in names if records[name] or skipped[name] or quarantined[name] or dropped[name]]
     samples = Samples(*(np.concatenate(column) for column in zip(*columns, strict=True)))
     place = np.asarray([kept.index(name) if name in kept else -1 for name in names], np.int32)
-    pick = [{name: one[name] for name in kept} for one in (records, skipped, quarantined)]
+    pick = [{name: one[name] for name in kept} for one in (records, skipped, quarantined, dropped)]
     return Usable(samples._replace(name=place[samples.name]), tuple(kept), *pick)
 
 

@@ -28,7 +28,8 @@ from jaxvlm.data import DataError, llava_mix
 from jaxvlm.data.columns import Columns, Log, Texts, cached, new_folder, open_array
 from jaxvlm.data.conversation import IMAGE_TOKEN, Encoded, encode_all, record_images
 from jaxvlm.data.image import image_size
-from jaxvlm.data.layout import Spliced, splice
+from jaxvlm.data.instruction import InstructionTokenizer
+from jaxvlm.data.layout import DROPPED, Spliced, splice
 from jaxvlm.data.mixture import choose, prepared
 from jaxvlm.data.processes import in_order
 from jaxvlm.data.sources import Source, image_address, image_stats
@@ -37,6 +38,7 @@ from jaxvlm.data.tokenizer import Tokenizer
 
 VERSION = 4  # raise it when the same records would give other arrays
 CHUNK = 512  # records tokenised in one call
+LARGE = 50_000  # records; more of them are worth starting processes for
 ROWS = 8192  # records counted at a time
 COUNTS = ("lengths", "supervised_tokens", "used_images", "tiles", "dropped_images", "truncated")
 
@@ -74,6 +76,7 @@ def cached_table(
     seed: int,
     cache: Path,
     log: Log,
+    instructions: InstructionTokenizer | None = None,
     processes: int = 0,
 ) -> str:
     """The folder of the source's table, made unless the cache has it for these files, tokenizer and settings.
@@ -85,10 +88,11 @@ def cached_table(
     key = [VERSION, source.fingerprint(), template, layout]
     key += [tokenizer.fingerprint_text, config.fraction, None if whole else seed]
     key += [config.mix, config.keep, config.text_only, config.format_prompts]
+    key += [instructions.fingerprint_text] if instructions else []
     texts = cached(cache, key)
     if not texts.is_dir():
         with new_folder(texts) as new:
-            encode = _Encode(source, config, tokenizer, template, layout)
+            encode = _Encode(source, config, tokenizer, template, layout, instructions)
             _encode_records(new, source, config, encode, seed, processes, log)
 
     base = open_table(str(texts))
@@ -121,7 +125,7 @@ def _encode_records(new: Path, source: Source, config, encode: _Encode, seed, pr
     chunks = (indices[start : start + CHUNK].tolist() for start in range(0, total, CHUNK))
     started = said = time.perf_counter()
     for start, chunk in zip(
-        range(0, total, CHUNK), in_order(encode, chunks, processes if total > 50_000 else 0), strict=True
+        range(0, total, CHUNK), in_order(encode, chunks, processes if total > LARGE else 0), strict=True
     ):
         records = indices[start : start + CHUNK]
         bad = (
@@ -136,6 +140,8 @@ def _encode_records(new: Path, source: Source, config, encode: _Encode, seed, pr
         columns.append("copies", copies[records[chunk.kept]].astype(np.int32))
         columns.append("parts", np.asarray(chunk.parts, np.int16))  # of a mix, indices into `llava_mix.PARTS`
         images.append(chunk.images)
+        if encode.instructions:  # one for each entry of `images`
+            columns.append_parts("instructions", "instruction_offsets", chunk.instructions, np.int32)
         now, done = time.perf_counter(), start + len(records)
         if now - said > 30:
             said = now
@@ -152,6 +158,7 @@ class _Chunk(NamedTuple):
     encoded: list[Encoded]
     ids: list[Any]
     images: list[list[str]]
+    instructions: list[np.ndarray]
     parts: list[int]
     bad: list[tuple[int, Any, int, str]]  # the others: which, its id, its part, the reason
 
@@ -165,12 +172,13 @@ class _Encode:
     tokenizer: Tokenizer
     template: str
     layout: str
+    instructions: InstructionTokenizer | None
 
     def __call__(self, numbers: Sequence[int]) -> _Chunk:
         records = [_read(self.source, number) for number in numbers]
         ready = [prepared(record, self.config) for record in records]
         encoded = encode_all(ready, self.tokenizer, self.template, self.layout)
-        chunk = _Chunk([], [], [], [], [], [])
+        chunk = _Chunk([], [], [], [], [], [], [])
         for k, (record, one) in enumerate(zip(records, encoded, strict=True)):
             identity = record.get("id") if isinstance(record, dict) else None
             part = llava_mix.PARTS.index(llava_mix.source_of(record)) if self.config.mix else 0
@@ -182,6 +190,8 @@ class _Encode:
             chunk.encoded.append(one)
             chunk.ids.append(identity)
             chunk.images.append(record_images(record))
+            if self.instructions:
+                chunk.instructions.extend(self.instructions.encode(ready[k]["conversations"]))
             chunk.parts.append(part)
         return chunk
 
@@ -368,7 +378,7 @@ def _usable(base: SimpleNamespace, row: int, splicing: Splicing, sizes: np.ndarr
         raise DataError(f"{name}: {error}") from error
     length, limit = splicing.settings["length"], splicing.tiles_per_row
     if spliced is None:
-        raise DataError(f"{name} is longer than `length` ({length}), and `truncation` is 'drop'.")
+        raise DataError(f"{name} is longer than `length` ({length}), {DROPPED}")
     if not spliced.weights.any():
         raise DataError(
             f"{name} has no supervised token within `length` ({length}); raise it, or leave the record out."
@@ -419,6 +429,12 @@ def table_images(table: SimpleNamespace, row: int) -> np.ndarray:
     """Indices into `image_names` of the images that a record uses."""
     start = table.image_offsets[row]
     return table.images[start : start + table.used_images[row]]
+
+
+def table_instructions(table: SimpleNamespace, row: int) -> list[np.ndarray]:
+    """The instruction of each image that a record uses, int32 [n], where the connector reads it."""
+    first, ends = table.image_offsets[row], table.instruction_offsets
+    return [table.instructions[ends[i] : ends[i + 1]] for i in range(first, first + table.used_images[row])]
 
 
 def table_plans(table: SimpleNamespace, row: int, splicing: Splicing) -> list[ImagePlan]:

@@ -22,7 +22,7 @@ def prepare(source: Source, data_dir: str | os.PathLike, name: str = "llava", ve
     """Writes the split 'train' of DATA_DIR/NAME/VERSION, in the source's order, and returns that folder.
 
     The features are `id` (Text), `images` (Sequence of Image, the files' own bytes) and `conversations` (Sequence of {`from`,
-    `value`}). Raises `DataError` for records that have none.
+    `value`}). Raises `DataError` for records that have none, and if the folder is there already.
     """
     try:
         import tensorflow_datasets as tfds
@@ -52,6 +52,8 @@ def prepare(source: Source, data_dir: str | os.PathLike, name: str = "llava", ve
 
     Builder.name = name
     builder = Builder(data_dir=Path(data_dir).expanduser(), file_format="array_record")
+    if builder.data_path.exists():
+        raise DataError(f"{builder.data_dir} exists already; remove it, or choose another name or version.")
     builder.download_and_prepare()
     return str(builder.data_dir)
 

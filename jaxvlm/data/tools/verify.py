@@ -12,7 +12,7 @@ import os
 import warnings
 from array import array
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
@@ -78,15 +78,15 @@ def verify(
     with warnings.catch_warnings():  # PIL's warnings of odd but readable files
         warnings.simplefilter("ignore")
         images = _Images(source, records, quick, workers or os.cpu_count() or 1)
-    reasons = dict(records.bad)
+    why = dict(records.bad)
     for number, reason, path in images.bad_records():
-        reasons.setdefault(number, (reason, path))
+        why.setdefault(number, (reason, path))
     found = Verified(len(source), fetch=images.fetch)
-    for number, (reason, path) in sorted(reasons.items()):
+    for number, (reason, path) in sorted(why.items()):
         place = {"source": config.name, "file": config.path, "record": number, "id": _identity(source, number)}
         found.bad.append(place | {"reason": reason} | ({"image": path} if path else {}))
     found.findings = [("Records", _record_findings(source, records))]
-    if len(images.looks):
+    if images.count:
         found.findings.append(("Images", images.findings(config.images)))
     _show_mix(records, found, out)
     found.show(out)
@@ -226,50 +226,53 @@ def _show_mix(kept: _Records, found: Verified, out: Callable[[str], Any]) -> Non
 
 
 class _Images:
-    """A look at each image once. `uses` [m] says which look belongs to each use of an image."""
+    """A look at each image once: sizes [n, 2], and the faults. `uses` [m] says which image each use is of."""
 
     def __init__(self, source: Source, records: _Records, quick: bool, workers: int):
         self.source, self.records, self.quick = source, records, quick
         hashes = np.frombuffer(records.images, np.uint64) if len(records.images) else np.zeros(0, np.uint64)
         _, self.first, self.uses = np.unique(hashes, return_index=True, return_inverse=True)
-        order = np.argsort(self.first)  # read in the file's order, as they were written
-        self.looks: list[Look | None] = [None] * len(self.first)
-        self.other_types: dict[str, list[str]] = {}
-        what = "headers read" if quick else "decoded"
-        with Progress("images", len(self.first), what) as progress:
-            seen = in_threads(lambda i: (i, look(source, self.name(i), quick)), order.tolist(), workers)
-            for i, one in seen:
-                self.looks[i] = one
-                odd = one.kind and misnamed(self.name(i), one.kind)
-                if odd:
-                    self.other_types.setdefault(odd, []).append(self.name(i))
-                progress.add()
+        self.count = len(self.first)
+        self.sizes = np.zeros((self.count, 2), np.int32)
+        self.reasons: dict[int, str] = {}  # of images with a fault
         self.faults: dict[str, list[int]] = {fault: [] for fault in FAULTS}
-        for i in order.tolist():
-            if self.looks[i].fault:
-                self.faults[self.looks[i].fault].append(i)
+        self.other_types: dict[str, list[str]] = {}
+        order = np.argsort(self.first)  # as the records use them, which is about as they lie on the disk
+        with Progress("images", self.count, "headers read" if quick else "decoded") as progress:
+            for i, seen in in_threads(lambda i: (int(i), look(source, self.name(i), quick)), order, workers):
+                self._note(i, seen)
+                progress.add()
         self.fetch = [self.name(i) for fault, some in self.faults.items() if fault != "too large" for i in some]
 
+    def _note(self, i: int, seen: Look) -> None:
+        if seen.fault:
+            self.faults[seen.fault].append(i)
+            self.reasons[i] = seen.reason
+            return
+        self.sizes[i] = seen.size
+        odd = misnamed(self.name(i), seen.kind)
+        if odd:
+            self.other_types.setdefault(odd, []).append(self.name(i))
+
     def name(self, i: int) -> str:
-        use = self.first[i]
+        return self._name_of(self.first[i])
+
+    def _name_of(self, use: int) -> str:
         return record_images(self.source[self.records.owner[use]])[self.records.place[use]]
 
-    def bad_records(self):
-        """(record, reason, path) of every use of an image that has a fault."""
-        bad = np.asarray([look.fault != "" for look in self.looks], bool)
-        for use in np.flatnonzero(bad[self.uses]) if len(bad) else ():
-            one, number = self.looks[self.uses[use]], self.records.owner[use]
-            name = record_images(self.source[number])[self.records.place[use]]
-            yield number, one.reason, image_address(self.source, name)
+    def bad_records(self) -> Iterator[tuple[int, str, str]]:
+        """(record, reason, image) of every use of an image that has a fault."""
+        for use in np.flatnonzero(np.isin(self.uses, list(self.reasons))):
+            reason = self.reasons[int(self.uses[use])]
+            yield self.records.owner[use], reason, image_address(self.source, self._name_of(use))
 
     def findings(self, folder: str) -> list[Finding]:
         """What is wrong, fault by fault, and what is merely odd."""
-        good = sum(not look.fault for look in self.looks)
         what = "have a readable header" if self.quick else "decode"
-        mark = "ok" if good == len(self.looks) else "problem"
-        findings = [Finding(mark, "images", f"{good:,} of {len(self.looks):,} {what}")]
+        good = f"{self.count - len(self.reasons):,} of {self.count:,} {what}"
+        findings = [Finding("problem" if self.reasons else "ok", "images", good)]
         missing = self.faults["missing"]
-        if len(missing) == len(self.looks) and self.source.image_file(self.name(0)) is not None:
+        if len(missing) == self.count and self.source.image_file(self.name(0)) is not None:
             advice = repair.images_folder(folder, self.source.path, [self.name(i) for i in missing])
             if advice:
                 return [*findings, Finding("problem", "missing", "all of them", tuple(advice))]
@@ -306,8 +309,8 @@ class _Images:
         return findings
 
     def _sizes(self) -> list[Finding]:
-        good = [i for i, look in enumerate(self.looks) if not look.fault]
-        sizes = np.asarray([self.looks[i].size for i in good], np.int64).reshape(-1, 2)
+        good = np.flatnonzero(self.sizes.any(1))
+        sizes = self.sizes[good].astype(np.int64)
         long, short, area = sizes.max(1, initial=1), sizes.min(1, initial=MAX_PIXELS), sizes.prod(1)
         kinds = {
             "tiny": (short < SMALL, f"under {SMALL} pixels wide or high"),
