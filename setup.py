@@ -41,9 +41,9 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.2,<0.13"],  # on a TPU VM
     # Data sources beside LLaVA JSON.
     "data": [
-        "array_record>=0.8",  # random access to records on disk
+        "array_record>=0.8",  # the shards of `jaxvlm data convert` and of TFDS; random access to records on disk
         "datasets>=4.0",  # folders saved by Hugging Face datasets
-        "tensorflow-datasets>=4.9.10",  # this one reads array_record data sets without tensorflow
+        "tensorflow-datasets>=4.9.10",  # only to write a TFDS data set; this one does so without tensorflow
     ],
     "serve": ["fastapi>=0.115", "uvicorn>=0.30"],  # the OpenAI-compatible server
     "log": ["tensorboardX>=2.6", "wandb>=0.20"],  # writers beside metrics.jsonl, without tensorflow
@@ -60,6 +60,7 @@ EXTRAS = {
 }
 EXTRAS["test"] = [
     *EXTRAS["notebook"],
+    *EXTRAS["data"],
     "pytest>=8.3",
     "pytest-xdist>=3.6",  # two workers for two cores
     "hypothesis>=6.100",

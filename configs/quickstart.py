@@ -65,9 +65,7 @@ def quickstart():
             dict(
                 name="align",
                 trainable=("connector/.*",),
-                data=dict(
-                    sources=[source("align")], template="plain", packing=True, tiles_per_row=14, virtual_shards=1
-                ),
+                data=dict(sources=[source("align")], template="plain", packing=True, tiles_per_row=14),
                 optimizer=dict(learning_rate=5e-3, clip_norm=1.0),
                 batch_size=2,
                 steps=90,
@@ -76,7 +74,7 @@ def quickstart():
             dict(
                 name="instruct",
                 trainable=("connector/.*", "llm/.*lora_.*"),
-                data=dict(sources=[source("instruct")], packing=True, tiles_per_row=4, virtual_shards=1, length=256),
+                data=dict(sources=[source("instruct")], packing=True, tiles_per_row=4, length=256),
                 optimizer=dict(learning_rate=1e-3, clip_norm=1.0),
                 batch_size=1,
                 steps=115,
@@ -101,7 +99,7 @@ def tiny():
 
     def stage(name, trainable, learning_rate, steps, **data_settings):
         source = dict(name="toy", path=f"{data}/{name}.json", images=f"{data}/images")
-        packed = dict(sources=[source], packing=True, tiles_per_row=3, virtual_shards=1)
+        packed = dict(sources=[source], packing=True, tiles_per_row=3)
         return dict(
             name=name,
             trainable=trainable,

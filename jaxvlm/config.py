@@ -151,6 +151,10 @@ class ConnectorConfig:
     resampler: ResamplerConfig = field(default_factory=ResamplerConfig)
     sva: SVAConfig = field(default_factory=SVAConfig)
 
+    @property
+    def reads_text(self) -> bool:  # the instruction, beside the image
+        return self.kind == "qformer" and self.qformer.text_vocab_size > 0
+
 
 @dataclass(frozen=True)
 class LoRAConfig:
@@ -247,9 +251,11 @@ class PromptConfig:
     grids: tuple[tuple[int, int], ...] = ()  # anyres, hd: the (rows, columns) of tiles to choose from; () is its own
     max_tiles: int = 0  # `anyres_max_N`: a grid of more than N tiles' tokens is scaled down to that; 0 is no limit
     tile_several: bool = True  # False (OneVision): of several images in a conversation each is one letterboxed tile
-    layout: str = "llava"  # llava | prismatic | hf
+    layout: str = "llava"  # llava | prismatic | hf | images_first
     length: int = 2048  # tokens in a row, visual tokens included
     truncation: str = "after_splice"  # after_splice | before_splice | drop | error
+    qformer_tokenizer: str = ""  # folder of the tokenizer of a Q-Former that reads the instruction
+    qformer_length: int = 128  # tokens of an instruction, which is cut to that (LAVIS's max_txt_len)
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -257,12 +263,17 @@ class PromptConfig:
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One LLaVA JSON or JSONL file; `fraction` takes a seeded random part of it (1.0 = all, 2.0 = twice)."""
+    """A data set, and which of its records are used how often (see `jaxvlm.data.mixture`)."""
 
     name: str = ""
-    path: str = ""
+    path: str = ""  # of any kind that `jaxvlm.data.sources.open_source` lists; {a,b}.json or *.json are several as one
     images: str = ""  # folder that the records' image paths are relative to
-    fraction: float = 1.0
+    fraction: float = 1.0  # a seeded random part of the records (1.0 = all, 2.0 = each twice)
+    weight: float | None = None  # share of an epoch's samples, relative to the others'; None: as many as there are
+    mix: str = ""  # llava_v1_5_mix665k: tell the sources inside this file apart
+    keep: tuple[str, ...] = ()  # the sources inside the mix to use; () is all
+    text_only: bool = True  # use records without an image too
+    format_prompts: bool = True  # False: without the sentences that ask for a form of answer
 
 
 @dataclass(frozen=True)
@@ -274,9 +285,10 @@ class DataConfig:
     transform: str | None = None
     length: int | None = None
     packing: bool = False
-    tiles_per_row: int = 1  # room for image tiles in a row; without tiling an image is one
-    bad_records: str = "error"  # error | skip (counted and written to a file)
-    virtual_shards: int = 16
+    tiles_per_row: int = 0  # room for image tiles in a row (untiled, an image is one); 0: as much as the data needs
+    bad_records: str = "error"  # error | skip (counted, written to a file) | quarantine (what it lists, else error)
+    quarantine: str = ""  # JSONL of records to leave out, as `jaxvlm data verify` writes it
+    max_bad_share: float = 0.05  # of a source's records that may be lost; more of them stop the run
     num_threads: int = 2
     num_workers: int = 0
 
@@ -474,7 +486,9 @@ def parse_arg(arg: str | None, **defaults: Any) -> Any:
             except ValueError:
                 raise ConfigError(f"The config's argument '{key}' must be {kind.__name__}, not '{text}'.") from None
         if key in choices and result[key] not in choices[key]:
-            raise ConfigError(f"The config's argument '{key}' must be one of {', '.join(choices[key])}, not '{text}'.")
+            raise ConfigError(
+                f"The config's argument '{key}' must be one of {', '.join(map(str, choices[key]))}, not '{text}'."
+            )
     return types.SimpleNamespace(**result)
 
 

@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import jaxvlm
 from jaxvlm.config import ConfigError, LoRAConfig, ModelConfig, RunConfig, StageConfig, build, differences, to_dict
 from jaxvlm.data import assets
 from jaxvlm.data.loader import Loader
+from jaxvlm.data.mixture import mixture_table
 from jaxvlm.evals import report, runner, tasks
 from jaxvlm.infer.engine import Engine
 from jaxvlm.models.lora import merge_lora
@@ -173,11 +175,14 @@ def run_stage(
 
     data = stage_loader(number, config, skipped=workdir / f"skipped_{stage.name}.jsonl")
     stats = data.stats()
+    slots = f", {stats['tile_fill']:.0%} of {stats['tiles_per_row']} tile slots" if stats["images"] else ""
     print(
-        f"  {stats['records']:,} records in {stats['rows']:,} rows ({stats['fill']:.0%} full), "
-        f"{stats['supervised_tokens']:,} of {stats['tokens']:,} tokens supervised; {data.num_steps:,} steps of "
-        f"{stage.batch_size} rows" + (f"; {stats['skipped']} records skipped" if stats["skipped"] else "")
+        f"  {stats['records']:,} records, {stats['samples']:,} samples in {stats['rows']:,} rows ({stats['fill']:.0%} full"
+        f"{slots}), {data.num_steps:,} steps of {stage.batch_size} rows"
     )
+    print(textwrap.indent(mixture_table(stats), "  "))
+    if data.skipped_path:
+        print(f"  {stats['skipped']:,} records skipped, listed in {data.skipped_path}")
     if stage.cache_features:
         if "vision" in trainable:
             raise ConfigError(f"Stage '{stage.name}' trains the vision tower, so cache_features must be False.")

@@ -24,6 +24,7 @@ SPECS = {
     "llava15-13b-lora": "llava15.py:llm=vicuna-13b,lora",
     "llava15-pretrain": "llava15.py:pretrain_only",
     "llava15-tiny": "llava15.py:tiny",
+    "llava15-row3-half": "llava15.py:row=3,subset=0.5,extra=lvis_instruct4v_220k.json",
 }
 
 
@@ -55,6 +56,25 @@ def test_llava15_is_the_published_recipe():
     assert (lora.model.llm.lora.rank, lora.model.llm.lora.alpha) == (128, 256.0)
     rates = lora.stages[1].optimizer
     assert (rates.learning_rate, rates.learning_rate * rates.learning_rate_scales[0][1]) == (2e-4, pytest.approx(2e-5))
+
+
+def test_the_rows_of_table_2():
+    """What LLaVA-1.5's ablation adds, row by row (recipes §4.1)."""
+
+    def row(number):
+        config = load_config(str(ROOT / "configs" / f"llava15.py:row={number}"))
+        (source,) = config.stages[1].data.sources
+        return config, set(source.keep), source.format_prompts
+
+    assert row(0)[1:] == ({"llava"}, False) and row(1)[1:] == ({"llava", "vqav2"}, False)
+    assert row(2)[2] and row(2)[0].model.connector.kind == "linear" and row(3)[0].model.connector.kind == "mlp2x_gelu"
+    assert row(4)[1] - row(3)[1] == {"okvqa", "aokvqa", "ocrvqa", "textcaps"}
+    assert row(5)[1] - row(4)[1] == {"refcoco", "vg"}
+    assert (row(5)[0].model.vision.image_size, row(6)[0].model.vision.image_size) == (224, 336)
+    assert row(7)[1] - row(6)[1] == {"gqa"} and row(8)[1] == set()  # all, ShareGPT among them
+    assert row(9)[0].model.llm.width == 5120
+    with pytest.raises(ConfigError, match="'row' must be one of 8, 0"):
+        row(12)
 
 
 def test_overrides_reach_into_stages():

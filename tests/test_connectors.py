@@ -13,7 +13,7 @@ from torch import nn
 
 from jaxvlm.config import ConfigError, ConnectorConfig, LLMConfig, ModelConfig, QFormerConfig, ResamplerConfig
 from jaxvlm.config import VisionConfig as Vision
-from jaxvlm.train.flops import connector_params_per_token
+from jaxvlm.train.flops import _qformer_text, connector_params_per_token
 from jaxvlm.weights.families.connectors import mlp_name
 
 MODEL = ModelConfig(
@@ -127,6 +127,11 @@ def test_blip2_qformer(tmp_path):
     check_round_trip(config, params, state)
     self_attention, mlp, cross = 4 * 8 * 8 + 2 * 3 * 8, 2 * 8 * 20, 2 * 8 * 8 + 16 * (2 * 12 * 8 / 3 + 2 * 8)
     assert connector_params_per_token(config) == 4 * (self_attention + mlp) + 2 * cross + 8 * 16
+    mask = np.arange(4) < np.array(
+        [[[4], [0]]]
+    )  # a tile with four tokens of text beside its three queries, one without
+    of_text = 4 * (4 * 8 * 8 + mlp) + 2 * (7 * 7 - 3 * 3) * 8
+    assert _qformer_text(config, mask) == 4 * of_text
     with pytest.raises(ConfigError, match="reads no text"):
         project(config, params, FEATURES, np.ones((2, 2, 4), np.int32))
     with pytest.raises(ConfigError, match="cross_every = 3 must divide"):

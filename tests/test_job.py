@@ -10,7 +10,7 @@ import pytest
 
 import jaxvlm
 from jaxvlm.main import main
-from jaxvlm.train.metrics import read_metrics
+from jaxvlm.train.metrics import read_events, read_metrics
 
 CONFIG = str(Path(__file__).resolve().parent.parent / "configs" / "quickstart.py") + ":tiny"
 
@@ -43,6 +43,11 @@ def test_metrics_and_page(finished):
     entries = read_metrics(finished / "metrics.jsonl")
     assert [e["step"] for e in entries if e["stage"] == "instruct"] == list(range(1, 91))
     assert all(e["tokens_per_second"] > 0 and 0 < e["mfu"] < 1 for e in entries)
+    events = read_events(finished / "metrics.jsonl")
+    assert [(event["event"], event["stage"]) for event in events] == [("data", "align"), ("data", "instruct")]
+    for event in events:
+        (one,) = event["sources"].values()
+        assert one["samples"] > 0 and one["truncated"] == one["dropped_images"] == one["lost"] == 0
     page = (finished / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 6
     assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page

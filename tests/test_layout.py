@@ -82,6 +82,13 @@ def test_prismatic_puts_patches_after_bos_or_first():
     ]
 
 
+def test_images_first_go_before_bos():
+    out = splice(encoded([1, 5, I, 6, I, 7], [0, 0, 0, 1, 0, 1]), P, "images_first", bos_id=1, pad_id=9)
+    assert out.tokens.tolist() == [9] * 6 + [1, 5, 6, 7]
+    assert out.visual_index.tolist() == [0, 1, 2, 3, 4, 5, -1, -1, -1, -1]
+    assert out.weights.tolist() == [0] * 7 + [1, 1, 0] and out.targets.tolist() == [9] * 5 + [1, 5, 6, 7, 9]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_text_only_costs_nothing(layout):
     out = splice(encoded([1, 2, 3], [0, 1, 1]), P, layout, length=3)

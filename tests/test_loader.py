@@ -13,7 +13,7 @@ from jaxvlm.data import DataError
 from jaxvlm.data.image import load_image, transform
 from jaxvlm.data.loader import Loader, epoch_rows
 from jaxvlm.data.packing import plan
-from jaxvlm.data.rows import Samples
+from jaxvlm.data.samples import Samples
 
 VISION = VisionConfig(image_size=28, patch_size=14)  # 4 visual tokens
 MODEL = ModelConfig(vision=VISION)
@@ -81,7 +81,7 @@ def test_batches_are_the_contract(folder):
 def test_an_epoch_holds_every_record_once(folder, packing):
     """Each conversation is found in the batches, with its own image, labels and source."""
     made = loader(folder, data=dict(packing=packing))
-    assert made.stats()["records"] == 34 and made.num_rows == (made.num_rows if packing else 34)
+    assert made.stats()["samples"] == 34 and made.num_rows == (made.num_rows if packing else 34)
     seen = []
     for batch in made.batches():
         for row in range(4):
@@ -139,27 +139,28 @@ def test_closing_early_is_quiet(folder):
 def test_epochs_differ_and_fractions_count(folder):
     one, two = loader(folder, data=dict(packing=False)), loader(folder, data=dict(packing=False), epochs=2)
     assert two.num_rows == 68 and loader(folder, data=dict(packing=False), epochs=1.5).num_rows == 51
-    rows = two._rows
-    np.testing.assert_array_equal(rows[:34], one._rows)
+    rows = two._rows.samples
+    np.testing.assert_array_equal(rows[:34], one._rows.samples)
     assert not np.array_equal(rows[:34], rows[34:]) and sorted(rows[34:]) == list(range(34))
     other = loader(folder, data=dict(packing=False), seed=1)
-    assert not np.array_equal(one._rows, other._rows) and one.fingerprint != other.fingerprint
+    assert not np.array_equal(one._rows.samples, other._rows.samples) and one.fingerprint != other.fingerprint
 
 
-def test_rows_are_dealt_to_virtual_shards():
-    """Row g is row g // V of shard g % V, and shard v packs permutation[v::V]; for as long as shards have rows."""
+def test_an_epoch_is_packed_in_its_own_random_order():
+    """Row after row as `plan` makes them of the epoch's permutation, whatever the sizes."""
     rng = np.random.default_rng(0)
-    zeros = np.zeros(300, np.int64)
-    samples = Samples(zeros, zeros, rng.integers(5, 60, 300), zeros, rng.integers(0, 2, 300), zeros, zeros, zeros)
-    data = DataConfig(packing=True, tiles_per_row=4, virtual_shards=3)
-    rows = epoch_rows(samples, data, 64, seed=1, epoch=2)
-    np.testing.assert_array_equal(np.sort(np.concatenate(rows)), np.arange(300))
+    zeros = np.zeros(300, np.int32)
+    lengths, tiles = rng.integers(5, 60, 300, np.int32), rng.integers(0, 2, 300, np.int32)
+    samples = Samples(zeros, zeros, zeros, lengths, tiles, tiles, zeros, zeros, zeros)
+    data = DataConfig(sources=(SourceConfig(),), packing=True)
+    rows = epoch_rows(samples, data, 64, 4, seed=1, epoch=2)
     order = np.random.default_rng([1, 2]).permutation(300)
-    for shard in range(3):
-        mine = order[shard::3]
-        packed = plan(samples.length[mine], samples.tiles[mine], 64, 4, [1, 2, shard])
-        for i in (0, 1, 20):
-            np.testing.assert_array_equal(rows[3 * i + shard], mine[packed[i]])
+    planned = plan(lengths[order], tiles[order], 64, 4)
+    np.testing.assert_array_equal(rows.samples, order[planned.samples])
+    np.testing.assert_array_equal(rows.offsets, planned.offsets)
+    alone = epoch_rows(samples, DataConfig(sources=(SourceConfig(),)), 64, 4, seed=1, epoch=2)
+    np.testing.assert_array_equal(alone.samples, order)
+    np.testing.assert_array_equal(alone.offsets, np.arange(301))
 
 
 def test_the_last_batch_is_padded_with_empty_rows(folder):
@@ -217,7 +218,7 @@ def test_overrides_of_the_stage(folder):
 def test_fraction_takes_a_seeded_part(folder):
     assert loader(folder, fraction=0.5, names="a").stats()["records"] == 12
     double = loader(folder, fraction=2.0, names="a")
-    assert double.stats()["records"] == 48 and len(double.image_paths()) == 8
+    assert (double.stats()["records"], double.stats()["samples"]) == (24, 48) and len(double.image_paths()) == 8
     assert loader(folder, fraction=0.5, names="a").fingerprint == loader(folder, fraction=0.5, names="a").fingerprint
     with pytest.raises(DataError, match="leaves none"):
         loader(folder, fraction=0.001)
@@ -269,7 +270,7 @@ def test_skipped_records_are_listed(folder, tmp_path):
     made = loader(
         folder,
         names=["bad.json"],
-        data=dict(bad_records="skip"),
+        data=dict(bad_records="skip", max_bad_share=1.0),
         skipped_path=tmp_path / "s" / "skipped.jsonl",
     )
     assert made.stats()["records"] == 1 and made.stats()["skipped"] == 6 and made.sample(0)["id"] == "fine"
@@ -280,7 +281,7 @@ def test_skipped_records_are_listed(folder, tmp_path):
 
 def test_a_missing_image_that_arrives_is_used(folder, tmp_path):
     (tmp_path / "late.json").write_text(json.dumps([record("<image>", "a", image=str(tmp_path / "late.png")), BAD[0]]))
-    options = dict(names=[str(tmp_path / "late.json")], data=dict(bad_records="skip"))
+    options = dict(names=[str(tmp_path / "late.json")], data=dict(bad_records="skip", max_bad_share=1.0))
     assert loader(folder, **options).stats()["records"] == 1
     (tmp_path / "late.png").touch()
     assert loader(folder, **options).stats()["records"] == 1  # still empty
@@ -295,7 +296,7 @@ def test_an_image_that_breaks_later_is_left_out_of_the_loss(folder, tmp_path):
     with pytest.raises(DataError, match="cut.png cannot be read"):
         list(loader(folder, **options).batches())
     with pytest.warns(UserWarning, match="Left out of the loss: .*cut.png"):
-        (batch,) = loader(folder, data=dict(bad_records="skip"), **options).batches()
+        (batch,) = loader(folder, data=dict(bad_records="skip", max_bad_share=1.0), **options).batches()
     kept = batch["segment_ids"][batch["loss_weights"] > 0]
     assert len(set(kept)) == 1 and batch["segment_ids"].max() == 2 and batch["tile_mask"].sum() == 2
 
@@ -305,7 +306,8 @@ def test_bad_json_names_the_line(folder, tmp_path):
     (tmp_path / "x.jsonl").write_text(f"{good}\n\n{good[:-2]}\n{good}\n")
     with pytest.raises(DataError, match="x.jsonl, record number 1: line 3 is not JSON: column"):
         loader(folder, names=[str(tmp_path / "x.jsonl")])
-    assert loader(folder, names=[str(tmp_path / "x.jsonl")], data=dict(bad_records="skip")).stats()["records"] == 2
+    skipping = dict(bad_records="skip", max_bad_share=1.0)
+    assert loader(folder, names=[str(tmp_path / "x.jsonl")], data=skipping).stats()["records"] == 2
     (tmp_path / "x.json").write_text(f"[{good},\n{good}")
     with pytest.raises(DataError, match="x.json is not JSON: line 2, column .*incomplete download"):
         loader(folder, names=[str(tmp_path / "x.json")])

@@ -22,6 +22,7 @@ IMPORT_NAMES = {
     "orbax": "orbax-checkpoint",
     "jaxlib": "jax",
     "resvg_py": "resvg-py",
+    "tensorflow_datasets": "tensorflow-datasets",
 }
 
 

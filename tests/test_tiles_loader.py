@@ -109,6 +109,23 @@ def test_a_cut_counts_the_tiles(folder):
         loader(folder, "cut.json", data=dict(tiles_per_row=6))
 
 
+def test_rows_have_as_many_tile_slots_as_the_data_needs(folder):
+    """Alone the largest record decides; packed, the mean of a full row as well; and no record has too many."""
+    asked = loader(folder, data=dict(packing=False, tiles_per_row=0))
+    largest = max(int(batch["tile_mask"].sum(1).max()) for batch in asked.batches())
+    assert asked.tiles_per_row == asked.stats()["tiles_per_row"] == largest > 6
+    assert next(asked.batches())["pixels"].shape[1] == largest
+    packed = loader(folder, data=dict(tiles_per_row=0), prompt=dict(length=1024))
+    assert packed.tiles_per_row > largest and packed.stats()["fill"] > 0.5
+    assert conversations(packed) == conversations(asked)
+    text = loader(folder, data=dict(tiles_per_row=0), prompt=dict(transform="naive"))
+    assert text.tiles_per_row == max(2, text.tiles_per_row)  # two images in a record
+    with pytest.raises(DataError, match=r"has \d+ tokens, but a row holds 40; raise `length`"):
+        loader(
+            folder, data=dict(tiles_per_row=0), prompt=dict(transform="naive", length=40, truncation="before_splice")
+        )
+
+
 def test_blended_tokens_are_in_the_batch(folder):
     model = ModelConfig(VisionConfig(image_size=56, patch_size=14), ConnectorConfig(row_end=True))
     made = loader(
@@ -129,7 +146,7 @@ def test_images_that_change_are_planned_anew(folder, tmp_path):
     )
     with pytest.raises(DataError, match="1 image files are missing or empty, the first: .*late.png"):
         loader(folder, tmp_path / "late.json")
-    skipping = dict(data=dict(bad_records="skip"))
+    skipping = dict(data=dict(bad_records="skip", max_bad_share=1.0))
     assert loader(folder, tmp_path / "late.json", **skipping).stats()["records"] == 1
     path.write_text("no image")
     made = loader(folder, tmp_path / "late.json", **skipping)

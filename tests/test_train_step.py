@@ -1,4 +1,4 @@
-"""The step: packed equals unpacked, accumulated equals whole, sharded equals single-device."""
+"""The step: accumulated equals whole, sharded equals single-device."""
 
 from __future__ import annotations
 
@@ -38,21 +38,8 @@ def one_device():
 
 def batches(world, packing: bool, batch_size: int, **changes):
     stage = world.stages[1]
-    data = dataclasses.replace(stage.data, packing=packing, virtual_shards=1, **changes)
+    data = dataclasses.replace(stage.data, packing=packing, **changes)
     return Loader(data, world.prompt, world.model, batch_size=batch_size, epochs=1.0, seed=3).batches(0)
-
-
-def mean_loss_and_gradients(model, params, parts):
-    """Loss and gradients of the mean over all supervised tokens of several batches, one at a time."""
-    total = sum(part["loss_weights"].sum() for part in parts)
-
-    @jax.jit
-    def one(params, part):
-        weights = part["loss_weights"] / total
-        return jax.value_and_grad(lambda p: loss_sums(VLM(model), p, part, weights, 1)[0])(params)
-
-    results = [one(params, part) for part in parts]
-    return jax.tree.map(lambda *x: sum(np.asarray(each, np.float64) for each in x), *results)
 
 
 def assert_trees_close(a, b, rtol):
@@ -61,18 +48,6 @@ def assert_trees_close(a, b, rtol):
         other = flat(b)[path]
         scale = max(np.abs(np.asarray(other)).max(), 1e-4 * largest)  # a key bias has no gradient but rounding
         np.testing.assert_allclose(np.asarray(leaf), np.asarray(other), rtol=rtol, atol=rtol * scale, err_msg=path)
-
-
-@pytest.mark.parametrize("layout", ["llava", "prismatic"])
-def test_packed_equals_unpacked(world, layout):
-    world = dataclasses.replace(world, prompt=dataclasses.replace(world.prompt, layout=layout))
-    params = random_params(world.model)
-    packed, unpacked = list(batches(world, True, 2)), list(batches(world, False, 4))
-    assert sum(len(b["tokens"]) for b in packed) < sum(len(b["tokens"]) for b in unpacked)
-    loss, grads = mean_loss_and_gradients(world.model, params, packed)
-    expected_loss, expected_grads = mean_loss_and_gradients(world.model, params, unpacked)
-    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
-    assert_trees_close(grads, expected_grads, 1e-5)
 
 
 def run_steps(world, batch, accumulate=1, mesh=None, trainable=("connector/.*", "llm/.*"), steps=2):

@@ -93,7 +93,7 @@ def test_thirty_steps_equal_torch(reference, tmp_path, name, file, template, tra
     stage = StageConfig(
         name=name,
         trainable=("connector/.*",) if name == "align" else ("connector/.*", "llm/.*"),
-        data=DataConfig(sources=(source,), template=template, virtual_shards=1),
+        data=DataConfig(sources=(source,), template=template),
         optimizer=OptimizerConfig(**optimizer),
         batch_size=4,
         steps=STEPS,

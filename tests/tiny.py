@@ -37,9 +37,7 @@ def run_config(data: Path, tokenizer: Path, **changes) -> RunConfig:
         return StageConfig(
             name=name,
             trainable=trainable,
-            data=DataConfig(
-                sources=(source,), template=template, packing=True, tiles_per_row=3, virtual_shards=2, length=128
-            ),
+            data=DataConfig(sources=(source,), template=template, packing=True, tiles_per_row=3, length=128),
             optimizer=OptimizerConfig(learning_rate=lr),
             batch_size=8,  # the tests' simulated devices
             steps=steps,

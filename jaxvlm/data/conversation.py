@@ -28,6 +28,7 @@ from jaxvlm.data.tokenizer import Tokenizer
 
 IMAGE_TOKEN = -200  # stands where an image's tokens go, as in LLaVA
 IMAGE_MARK = "<image>"
+IMAGES_IN_FRONT = ("prismatic", "images_first")  # layouts that take the images out of the text
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -89,6 +90,7 @@ _LLAMA_3 = Template(
     strip=("user", "assistant"),
     specials=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
 )
+_BLIP2 = Template(user="", ask="", lead=" ", end="\n", strip=("user", "assistant"), style="bare")
 
 
 TEMPLATES = {
@@ -136,6 +138,9 @@ TEMPLATES = {
         style="bare",
         specials=("<|endoftext|>",),
     ),
+    # A question stands alone, as it was given: BLIP-2 and InstructBLIP have learnt from prompts of every kind.
+    "blip2": _BLIP2,
+    "instructblip": replace(_BLIP2, end="{eos}", specials=("{eos}",)),
     "llama_3": _LLAMA_3,
     # Cambrian leaves out the empty lines, and so does its training data.
     "cambrian_llama_3": replace(
@@ -199,7 +204,7 @@ def render(
     """Renders a conversation: LLaVA's `[{"from": "human"|"gpt", "value": str}]` or chat messages.
 
     A first turn of role `system` takes the place of the template's own system prompt. A first turn by the
-    assistant is left out, as LLaVA does. With layout `prismatic` the images stand at the very start. A
+    assistant is left out, as LLaVA does. With a layout of IMAGES_IN_FRONT the images stand at the very start. A
     conversation that ends with a question is rendered up to where the answer begins. `name` is used in
     errors.
 
@@ -214,7 +219,7 @@ def render(
         )
     out = _Writer()
     out.frame(style.start)
-    if layout == "prismatic":  # the patches follow BOS, and `<image>` is taken out of the text
+    if layout in IMAGES_IN_FRONT:
         for role, text in turns:
             for _ in range(text.count(IMAGE_MARK) if role == "user" else 0):
                 out.image()
@@ -335,6 +340,13 @@ def record_images(record: dict) -> list[str]:
     if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
         raise DataError(f"record {record.get('id')!r}: 'image' must be a file name or a list of them, not {images!r}.")
     return images
+
+
+def image_instructions(conversations: Sequence[dict]) -> list[str]:
+    """Of each `<image>` of a conversation that `render` takes, the text of the human turn it stands in."""
+    turns = [(turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in conversations]
+    asked = [text for role, text in turns if _ROLES[role] == "user"]
+    return [text.replace(IMAGE_MARK, "").strip() for text in asked for _ in range(text.count(IMAGE_MARK))]
 
 
 def encode(record: dict, tokenizer: Tokenizer, template: str, layout: str = "llava") -> Encoded:

@@ -2,7 +2,7 @@
 
 Layouts (recipes §0 facts 1 and 3): `llava` puts an image's tokens where its `<image>` stood, `hf` is the same
 sequence reached by repeating a placeholder, `prismatic` puts all images right after BOS, or first when there
-is none.
+is none, `images_first` puts them in front of everything, BOS included (BLIP-2).
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxvlm.data import DataError
-from jaxvlm.data.conversation import IMAGE_TOKEN, Encoded
+from jaxvlm.data.conversation import IMAGE_TOKEN, IMAGES_IN_FRONT, Encoded
 from jaxvlm.data.tiles import WHOLE, ImagePlan
 
-LAYOUTS = ("llava", "prismatic", "hf")
+LAYOUTS = ("llava", "hf", *IMAGES_IN_FRONT)
 TRUNCATIONS = ("after_splice", "before_splice", "drop", "error")
+DROPPED = "and `truncation` is 'drop'."  # how the reason ends why a record that is too long is left out
 
 
 class Spliced(NamedTuple):
@@ -58,8 +59,8 @@ def splice(
     if layout not in LAYOUTS:
         raise DataError(f"There is no layout {layout!r}; the layouts are {', '.join(LAYOUTS)}.")
     tokens, weights = encoded.tokens, encoded.weights
-    if layout == "prismatic":
-        tokens, weights = _images_first(tokens, weights, bos_id)
+    if layout in IMAGES_IN_FRONT:
+        tokens, weights = _images_first(tokens, weights, bos_id if layout == "prismatic" else None)
     is_image = tokens == IMAGE_TOKEN
     counts = np.ones(len(tokens), np.int64)
     counts[is_image] = [len(plan.index) for plan in plans]

@@ -19,13 +19,17 @@ from typing import Any
 import numpy as np
 
 from jaxvlm.config import DataConfig, ModelConfig, PromptConfig
-from jaxvlm.data import DataError
+from jaxvlm.data import DataError, bad
+from jaxvlm.data.columns import cache_folder
 from jaxvlm.data.conversation import check_template
 from jaxvlm.data.image import transform_version
-from jaxvlm.data.packing import plan
-from jaxvlm.data.rows import RowReader, Samples
-from jaxvlm.data.sources import image_path, missing_files
-from jaxvlm.data.table import cached_table, open_table, splicing_for, table_images, table_text
+from jaxvlm.data.instruction import instruction_tokenizer
+from jaxvlm.data.mixture import check_sources, epoch_samples
+from jaxvlm.data.packing import Rows, plan, slots_needed
+from jaxvlm.data.rows import Plan, RowReader, saved_plan
+from jaxvlm.data.samples import Samples, usable
+from jaxvlm.data.sources import image_address, open_source
+from jaxvlm.data.table import Splicing, cached_table, open_table, splicing_for, table_images, table_text
 from jaxvlm.data.tiles import tiling
 from jaxvlm.data.tokenizer import Tokenizer
 
@@ -39,10 +43,11 @@ class Loader:
     The run ends after `steps`, or after `epochs` (a fraction is the first part of an epoch; default 1).
     `features` is an array [n, N, Dv] (a memmap for choice) with a mapping from absolute image paths to the row
     of their first tile; batches then carry 'features' [B, T, N, Dv] in place of 'pixels' uint8 [B, T, H, W, 3].
-    If no record has an image, both and 'tile_mask' are left out.
+    Where the connector reads the instruction they also carry 'qformer_tokens' int32 and 'qformer_mask' bool [B, T, L].
+    If no record has an image, all of these and 'tile_mask' are left out.
 
-    Raises `DataError` for records that cannot be used, unless `data.bad_records` is 'skip': they are then
-    listed in the file `skipped_path`, one JSON line each with the reason.
+    Raises `DataError` for records that cannot be used, unless `data.bad_records` is 'skip': they are then listed in the
+    file `skipped_path`, one JSON line each with the reason, and images that turn out to be broken later in `broken_path`.
     """
 
     def __init__(
@@ -71,36 +76,46 @@ class Loader:
         self.tokenizer = tokenizer = tokenizer or Tokenizer(prompt.tokenizer)
         check_template(tokenizer, prompt.template)
         splicing = splicing_for(prompt, tokenizer, tiling(model, prompt), data.tiles_per_row)
+        instructions = instruction_tokenizer(model, prompt)
         cache = cache_folder(cache_dir) / "tables"
-        self._tables = [
-            cached_table(source, prompt.template, splicing, tokenizer, (seed, i), cache, log)
-            for i, source in enumerate(data.sources)
-        ]
-        self._samples, skipped = _usable_samples(data, self._tables, features)
+        self._plans = cache.with_name("plans")
+        self._sources = [open_source(config, cache_dir, log) for config in data.sources]
+        make = functools.partial(
+            cached_table,
+            template=prompt.template,
+            splicing=splicing,
+            tokenizer=tokenizer,
+            seed=seed,
+            cache=cache,
+            log=log,
+            instructions=instructions,
+            processes=data.num_workers,
+        )
+        self._tables = [make(*pair) for pair in zip(self._sources, data.sources, strict=True)]
+        self._usable = found = usable(data, self._sources, self._tables, features)
+        self._samples, self.source_names = samples, _ = found[:2]
         default = cache / f"skipped-{hashlib.sha256(str(self._tables).encode()).hexdigest()[:16]}.jsonl"
-        self.skipped_path = _report(skipped, data, skipped_path or default, write=process_index == 0)
-        self._skipped = skipped
-        if not len(self._samples.source):
-            raise DataError(f"No usable record is left in {', '.join(source.path for source in data.sources)}.")
-
-        packing = [data.packing, data.virtual_shards, data.tiles_per_row]
-        pixels = transform_version(prompt.transform)
-        settings = [packing, splicing.settings, asdict(splicing.tiling), pixels]
-        self._rows, self._row_offsets, first = self._plan(steps, epochs)
-        self.num_rows = len(self._row_offsets) - 1
+        skipped_path = Path(skipped_path or default)
+        self.skipped_path = self._report(skipped_path)
+        self.tiles_per_row = data.tiles_per_row or self._slots_needed()
+        self._rows, first_epoch = self._plan(steps, epochs)
+        self.num_rows = len(self._rows)
         self.num_steps = -(-self.num_rows // batch_size)
-        digests = [open_table(table).digest for table in self._tables]
-        key = json.dumps([settings, digests, batch_size, seed, hashlib.sha256(first).hexdigest()])
-        self.fingerprint = hashlib.sha256(key.encode()).hexdigest()[:16]
+        self.fingerprint = self._fingerprint(splicing, first_epoch)
+        part = f"_{process_index}" if process_count > 1 else ""
+        self.broken_path = str(skipped_path.with_name(f"{skipped_path.stem}_images{part}.jsonl"))
+        used = self._rows.samples
+        columns = (samples.source[used].astype(np.int16), samples.row[used], samples.name[used].astype(np.int16))
         self._reader = RowReader(
             tables=self._tables,
-            samples=self._samples,
-            rows=self._rows,
-            row_offsets=self._row_offsets,
-            folders=[source.images for source in data.sources],
-            splicing=splicing,
-            skip_bad_images=data.bad_records == "skip",
+            plan=Plan(*columns, self._rows.offsets),
+            has_images=bool(samples.images.any()),
+            configs=data.sources,
+            sources=self._sources,
+            splicing=splicing._replace(tiles_per_row=self.tiles_per_row),
+            broken=bad.BrokenImages(self.broken_path) if data.bad_records == "skip" else None,
             features=features,
+            qformer_length=prompt.qformer_length if instructions else 0,
         )
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
@@ -111,7 +126,10 @@ class Loader:
         first = self.process_index * rows
         if start_step >= self.num_steps:
             return
-        make = functools.partial(_step_batch, self._reader, self.batch_size, first, rows)
+        reader = self._reader
+        if self.data.num_workers:
+            reader = replace(reader, plan=saved_plan(reader.plan, self._plans))
+        make = functools.partial(_step_batch, reader, self.batch_size, first, rows)
         data = grain.MapDataset.range(start_step, self.num_steps).map(make)
         threads = max(1, self.data.num_threads)
         stream = data.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
@@ -130,14 +148,14 @@ class Loader:
             iterator.close()
 
     def image_paths(self) -> list[str]:
-        """The absolute paths of all images that the rows use, sorted, each once."""
+        """The addresses of all images that the rows use (absolute paths, of files; see `image_at`), sorted, each once."""
         paths = set()
-        for i, folder in enumerate(self._tables):
+        for i, (source, folder) in enumerate(zip(self._sources, self._tables, strict=True)):
             table = open_table(folder)
             used = {
                 int(n) for row in self._samples.row[self._samples.source == i] for n in table_images(table, int(row))
             }
-            paths |= {image_path(self.data.sources[i].images, table.image_names[n]) for n in used}
+            paths |= {image_address(source, table.image_names[n]) for n in used}
         return sorted(paths)
 
     def sample(self, i: int) -> dict:
@@ -147,59 +165,100 @@ class Loader:
         source, row = int(self._samples.source[i]), int(self._samples.row[i])
         table, config = open_table(self._tables[source]), self.data.sources[source]
         number = int(table.record[row])
+        names = [table.image_names[n] for n in table_images(table, row).tolist()]
         return {
             "id": table.ids[row],
             "source": config.name or config.path,
             "record": number,
-            "images": [image_path(config.images, table.image_names[int(n)]) for n in table_images(table, row)],
+            "images": [image_address(self._sources[source], name) for name in names],
             "text": table_text(table, row, self.tokenizer),
             "tokens": int(table.lengths[row]),
         }
 
     def stats(self) -> dict:
-        """Counts over the planned rows: tokens are those that are not padding, `fill` is their share of the
-        rows.
+        """Counts over the planned rows, in all and of each source by its name (those inside a mix apart).
+
+        `tokens` are those that are not padding, `fill` is their share of the rows, `tile_fill` that of the filled tile
+        slots. `records` can be used; `lost` ones cannot, `skipped` by reason, and `quarantined`, which somebody has listed.
+        `dropped` are left out because of their length.
         """
-        samples, used = self._samples, self._rows
-        tokens = int(samples.length[used].sum())
-        sources = {}
-        for i, source in enumerate(self.data.sources):
-            mine, rows = samples.source == i, used[samples.source[used] == i]
-            sources[source.name or source.path] = {
-                "records": int(mine.sum()),
-                "tokens": int(samples.length[rows].sum()),
-                "supervised_tokens": int(samples.supervised[rows].sum()),
-            }
+        samples, used, found = self._samples, self._rows.samples, self._usable
+        counted = {"tokens": "length", "supervised_tokens": "supervised", "images": "images", "tiles": "tiles"}
+        counted |= {"truncated": "truncated", "dropped_images": "dropped_images"}
+        names = samples.name[used]
+        totals = {"samples": np.bincount(names, minlength=len(self.source_names))}
+        for key, column in counted.items():
+            values = getattr(samples, column)[used]
+            totals[key] = np.bincount(names, weights=values, minlength=len(self.source_names)).astype(np.int64)
+        sources = {
+            name: {"records": found.records[name], "lost": self._lost(name)}
+            | {key: int(values[k]) for key, values in totals.items()}
+            | {"skipped": bad.reasons(found.skipped[name]), "quarantined": len(found.quarantined[name])}
+            | {"dropped": len(found.dropped[name])}
+            for k, name in enumerate(self.source_names)
+        }
+        sums = {key: int(values.sum()) for key, values in totals.items()}
         return {
-            "records": len(samples.source),
             "rows": self.num_rows,
             "steps": self.num_steps,
-            "tokens": tokens,
-            "supervised_tokens": int(samples.supervised[used].sum()),
-            "images": int(samples.images[used].sum()),
-            "fill": tokens / (self.num_rows * self.prompt.length),
-            "tiles": int(samples.tiles[used].sum()),
-            "tile_fill": float(samples.tiles[used].sum() / (self.num_rows * self.data.tiles_per_row)),
-            "skipped": len(self._skipped),
-            "truncated": int(samples.truncated.sum()),
-            "dropped_images": int(samples.dropped_images.sum()),
+            "tiles_per_row": self.tiles_per_row,
+            "fill": sums["tokens"] / (self.num_rows * self.prompt.length),
+            "tile_fill": sums["tiles"] / (self.num_rows * self.tiles_per_row),
+            "records": sum(found.records.values()),
+            "skipped": sum(map(len, found.skipped.values())),
+            "quarantined": sum(map(len, found.quarantined.values())),
+            "dropped": sum(map(len, found.dropped.values())),
+            **sums,
             "sources": sources,
         }
 
-    def _plan(self, steps: int | None, epochs: float | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The run's rows as flat sample indices with offsets, and the flat indices of its first epoch."""
+    def _lost(self, name: str) -> int:
+        return len(self._usable.skipped[name]) + len(self._usable.quarantined[name])
+
+    def _report(self, path: Path) -> str | None:
+        """Lists the skipped records in a file, and raises if there are too many, or none may be skipped."""
+        found = self._usable
+        entries = [entry for name in self.source_names for entry in found.skipped[name]]
+        written = bad.report(entries, self.data, path, write=self.process_index == 0)
+        for name in self.source_names:
+            why = bad.reasons(found.skipped[name] + found.quarantined[name])
+            bad.check_share(name, self._lost(name), self._lost(name) + found.records[name], self.data, why)
+        if not len(found.samples.source):
+            raise DataError(f"No usable record is left in {', '.join(source.path for source in self.data.sources)}.")
+        return written
+
+    def _slots_needed(self) -> int:
+        samples = self._samples
+        if not self.data.packing:
+            return max(int(samples.tiles.max()), 1)
+        return slots_needed(samples.length, samples.tiles, self.prompt.length)
+
+    def _plan(self, steps: int | None, epochs: float | None) -> tuple[Rows, Rows]:
+        """The run's rows, and those of its first epoch."""
         epochs = 1.0 if steps is None and epochs is None else epochs
-        rows: list[np.ndarray] = []
-        first, epoch = np.zeros(0, np.int64), 0
-        while len(rows) < steps * self.batch_size if epochs is None else epoch < epochs:
-            new = epoch_rows(self._samples, self.data, self.prompt.length, self.seed, epoch)
-            first = first if epoch else np.concatenate(new)
-            part = 1.0 if epochs is None else min(1.0, epochs - epoch)
-            rows += new[: max(1, round(part * len(new)))]
-            epoch += 1
-        rows = rows if epochs is not None else rows[: steps * self.batch_size]
-        offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
-        return np.concatenate(rows), offsets, first
+        make = functools.partial(
+            epoch_rows, self._samples, self.data, self.prompt.length, self.tiles_per_row, self.seed
+        )
+        first = make(0)
+        parts: list[Rows] = []
+        while sum(map(len, parts)) < steps * self.batch_size if epochs is None else len(parts) < epochs:
+            rows = make(len(parts)) if parts else first
+            part = 1.0 if epochs is None else min(1.0, epochs - len(parts))
+            parts.append(rows.first(max(1, round(part * len(rows)))))
+        rows = Rows.joined(parts)
+        return (rows if epochs is not None else rows.first(steps * self.batch_size)), first
+
+    def _fingerprint(self, splicing: Splicing, first_epoch: Rows) -> str:
+        """A hash of all that decides the batches, but not of how many of them the run takes."""
+        samples = self._samples
+        order = hashlib.sha256(first_epoch.offsets)
+        for column in (samples.source, samples.row):
+            order.update(np.ascontiguousarray(column[first_epoch.samples]))
+        settings = [splicing.settings, asdict(splicing.tiling), transform_version(self.prompt.transform)]
+        digests = [open_table(table).digest for table in self._tables]
+        weights = [source.weight for source in self.data.sources]
+        shape = [self.data.packing, self.tiles_per_row, self.batch_size, self.seed, weights]
+        return hashlib.sha256(json.dumps([settings, digests, shape, order.hexdigest()]).encode()).hexdigest()[:16]
 
 
 def _step_batch(reader: RowReader, batch_size: int, first: int, rows: int, step: int) -> Batch:
@@ -208,95 +267,23 @@ def _step_batch(reader: RowReader, batch_size: int, first: int, rows: int, step:
     return reader.batch(range(start, start + rows))
 
 
-def epoch_rows(samples: Samples, data: DataConfig, length: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """One epoch's rows of sample indices: a permutation dealt to virtual shards, each packed by itself.
-
-    Row g of the epoch is row g // V of shard g % V (ecosystem §1.4). A shard needs samples to pack well, so
-    there are fewer of them for few samples.
-    """
-    order = np.random.default_rng([seed, epoch]).permutation(len(samples.source))
+def epoch_rows(samples: Samples, data: DataConfig, length: int, tiles_per_row: int, seed: int, epoch: int) -> Rows:
+    """One epoch's rows of sample indices, in random order: one sample each, or packed."""
+    order = epoch_samples(samples.source, [source.weight for source in data.sources], seed, epoch)
     if not data.packing:
-        return list(order[:, None])
-    shards = max(1, min(data.virtual_shards, len(order) // 64))
-    queues = []
-    for v in range(shards):
-        mine = order[v::shards]
-        planned = plan(samples.length[mine], samples.tiles[mine], length, data.tiles_per_row, [seed, epoch, v])
-        queues.append([mine[row] for row in planned])
-    return [queue[i] for i in range(max(map(len, queues))) for queue in queues if i < len(queue)]
-
-
-def cache_folder(cache_dir: str | os.PathLike | None = None) -> Path:
-    """`cache_dir`, or $JAXVLM_CACHE, or ~/.cache/jaxvlm."""
-    return Path(cache_dir or os.environ.get("JAXVLM_CACHE") or Path.home() / ".cache" / "jaxvlm")
+        return Rows(order, np.arange(len(order) + 1))
+    rows = plan(samples.length[order], samples.tiles[order], length, tiles_per_row)
+    return Rows(order[rows.samples], rows.offsets)
 
 
 def _check(data: DataConfig, batch_size: int, steps, epochs, process_index: int, process_count: int) -> None:
     if not data.sources:
         raise DataError("The stage has no data: `data.sources` is empty.")
-    if data.bad_records not in ("error", "skip"):
-        raise DataError(f"bad_records must be 'error' or 'skip', not {data.bad_records!r}.")
+    check_sources(data.sources)
+    bad.check_policy(data)
     if steps is not None and epochs is not None:
         raise DataError("Set `steps` or `epochs`, not both.")
     if (steps is not None and steps < 1) or (epochs is not None and epochs <= 0):
         raise DataError(f"steps ({steps}) and epochs ({epochs}) must be positive.")
     if batch_size < 1 or batch_size % process_count or not 0 <= process_index < process_count:
         raise DataError(f"batch_size {batch_size} must be a multiple of the {process_count} processes.")
-
-
-def _usable_samples(data: DataConfig, tables: list[str], features) -> tuple[Samples, list[dict]]:
-    """All samples whose images are there, and every record that is left out, with its reason."""
-    parts, skipped = [], []
-    for i, (config, folder) in enumerate(zip(data.sources, tables, strict=True)):
-        table = open_table(folder)
-        skipped += table.bad
-        paths = [image_path(config.images, name) for name in table.image_names]
-        if features is None:
-            missing = set(missing_files(paths))
-        else:
-            missing = {n for n, path in enumerate(paths) if path not in features[1]}
-        counts = table.used_images
-        bad_rows = _rows_with(table, missing)
-        for row in bad_rows:
-            path = next(paths[n] for n in table_images(table, row) if n in missing)
-            why = {"reason": f"image file {path} is missing or empty", "image": path}
-            place = {"source": config.name, "file": config.path, "record": int(table.record[row])}
-            skipped.append(place | {"id": table.ids[row]} | why)
-        copies = np.array(table.copies)
-        copies[bad_rows] = 0
-        rows = np.repeat(np.arange(len(counts)), copies)
-        columns = (table.lengths, counts, table.tiles, table.supervised_tokens, table.dropped_images, table.truncated)
-        parts.append((np.full(len(rows), i), rows, *(column[rows] for column in columns)))
-    return Samples(*(np.concatenate(column).astype(np.int64) for column in zip(*parts, strict=True))), skipped
-
-
-def _rows_with(table, names: set[int]) -> np.ndarray:
-    """The table's rows that use one of these images."""
-    totals = np.diff(table.image_offsets)
-    owner = np.repeat(np.arange(len(totals)), totals)
-    used = np.arange(len(owner)) - np.asarray(table.image_offsets)[owner] < table.used_images[owner]
-    return np.unique(owner[np.isin(table.images, list(names)) & used])
-
-
-def _report(skipped: list[dict], data: DataConfig, path: str | os.PathLike, write: bool) -> str | None:
-    """Writes the skipped records, or raises when they are errors."""
-    if not skipped:
-        return None
-    if data.bad_records == "skip":
-        if write:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            lines = (json.dumps(record) + "\n" for record in skipped)
-            Path(path).write_text("".join(lines), encoding="utf-8")
-        return str(path)
-    lines = []
-    images = list(dict.fromkeys(record["image"] for record in skipped if "image" in record))
-    if images:
-        folders = ", ".join(dict.fromkeys(repr(source.images) for source in data.sources))
-        lines.append(f"{len(images)} image files are missing or empty, the first: {', '.join(images[:5])}.")
-        lines.append(f"  Check the sources' `images` folder ({folders}) or complete the download.")
-    others = [record for record in skipped if "image" not in record]
-    if others:
-        lines.append(f"{len(others)} records cannot be used, the first:")
-        lines += [f"  {record['file']}, record number {record['record']}: {record['reason']}" for record in others[:5]]
-    lines.append("bad_records = 'skip' in the stage's data leaves such records out and lists them in a file.")
-    raise DataError("\n".join(lines))

@@ -3,32 +3,60 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from jaxvlm.config import SourceConfig
 from jaxvlm.data import DataError
+from jaxvlm.data.bad import BrokenImages
+from jaxvlm.data.columns import cached, new_folder, open_array
 from jaxvlm.data.image import load_image
+from jaxvlm.data.instruction import instruction_fields
 from jaxvlm.data.packing import assemble
-from jaxvlm.data.sources import image_path
-from jaxvlm.data.table import Splicing, open_table, table_images, table_plans, table_spliced
+from jaxvlm.data.sources import Source, image_address
+from jaxvlm.data.table import (
+    Splicing,
+    open_table,
+    record_place,
+    table_images,
+    table_instructions,
+    table_plans,
+    table_spliced,
+)
 from jaxvlm.data.tiles import ImagePlan, image_tiles, pixel_names
 
 
-class Samples(NamedTuple):
-    """Every sample of every source, as columns int64 [n]."""
+class Plan(NamedTuple):
+    """The samples of the run's rows, flat: row r has those from offsets[r] to offsets[r + 1]."""
 
-    source: np.ndarray
-    row: np.ndarray  # in the source's table
-    length: np.ndarray  # tokens, visual ones included
-    images: np.ndarray
-    tiles: np.ndarray
-    supervised: np.ndarray
-    dropped_images: np.ndarray
-    truncated: np.ndarray
+    source: np.ndarray  # int16 [m]
+    row: np.ndarray  # int32 [m], in the source's table
+    name: np.ndarray  # int16 [m], what 'source_ids' are of this sample
+    offsets: np.ndarray  # int64 [rows + 1]
+
+
+def saved_plan(plan: Plan, cache: Path) -> str:
+    """A folder with the plan, so that worker processes map it into memory instead of each having a copy."""
+    digest = hashlib.sha256()
+    for array in plan:
+        digest.update(np.ascontiguousarray(array))
+    folder = cached(cache, [digest.hexdigest()])
+    if not folder.is_dir():
+        with new_folder(folder) as new:
+            for name, array in plan._asdict().items():
+                np.save(new / f"{name}.npy", array)
+    return str(folder)
+
+
+@functools.lru_cache(maxsize=4)
+def _opened_plan(folder: str) -> Plan:
+    return Plan(*(open_array(Path(folder) / f"{name}.npy") for name in Plan._fields))
 
 
 @dataclass
@@ -36,26 +64,25 @@ class RowReader:
     """Rows by their number in the run. Picklable: it holds paths and arrays, and reopens memory maps."""
 
     tables: list[str]
-    samples: Samples
-    rows: np.ndarray  # flat sample indices
-    row_offsets: np.ndarray
-    folders: list[str]
+    plan: Plan | str  # or the folder of a saved one
+    has_images: bool
+    configs: Sequence[SourceConfig]
+    sources: Sequence[Source]
     splicing: Splicing
-    skip_bad_images: bool
+    broken: BrokenImages | None  # where images that cannot be decoded are written down; None: they raise
     features: tuple[np.ndarray, Mapping[str, int]] | None
+    qformer_length: int = 0  # L; 0: the connector reads no instructions
 
     def __post_init__(self):
-        self.has_images = bool(self.samples.images.any())
         self.feature_rows = None
         if self.features is not None:
             array, index = self.features
             self.features = _file_of(array)
             self.feature_rows = [
                 np.asarray(
-                    [index.get(image_path(folder, name), -1) for name in open_table(table).image_names],
-                    np.int64,
+                    [index.get(image_address(source, name), -1) for name in open_table(table).image_names], np.int64
                 )
-                for folder, table in zip(self.folders, self.tables, strict=True)
+                for source, table in zip(self.sources, self.tables, strict=True)
             ]
 
     def batch(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
@@ -64,9 +91,9 @@ class RowReader:
         return {key: np.stack([row[key] for row in made]) for key in made[0]}
 
     def row(self, row: int) -> dict[str, np.ndarray]:
-        inside = row < len(self.row_offsets) - 1
-        chosen = self.rows[self.row_offsets[row] : self.row_offsets[row + 1]] if inside else []
-        places = [(int(self.samples.source[i]), int(self.samples.row[i])) for i in chosen]
+        plan = _opened_plan(self.plan) if isinstance(self.plan, str) else self.plan
+        here = slice(*plan.offsets[row : row + 2]) if row < len(plan.offsets) - 1 else slice(0)
+        places = list(zip(plan.source[here].tolist(), plan.row[here].tolist(), strict=True))
         tables = [open_table(self.tables[source]) for source, _ in places]
         parts = [table_spliced(t, row, self.splicing) for t, (_, row) in zip(tables, places, strict=True)]
         tiling, settings = self.splicing.tiling, self.splicing.settings
@@ -74,7 +101,7 @@ class RowReader:
             parts,
             settings["length"],
             tiling.tile_tokens,
-            source_ids=[source for source, _ in places],
+            source_ids=plan.name[here].tolist(),
             pad_id=settings["pad_id"],
             blends=tiling.blends and self.has_images,
         )
@@ -84,10 +111,16 @@ class RowReader:
                 for segment, (table, (source, row)) in enumerate(zip(tables, places, strict=True), start=1)
                 for name, plan in zip(table_images(table, row), table_plans(table, row, self.splicing), strict=False)
             ]
-            arrays |= self._tiles(images, arrays)
+            arrays |= self._tiles(images, arrays, places)
+        if self.has_images and self.qformer_length:
+            asked = [text for t, (_, row) in zip(tables, places, strict=True) for text in table_instructions(t, row)]
+            tiles = [plan.tiles for *_, plan in images]
+            arrays |= instruction_fields(asked, tiles, self.splicing.tiles_per_row, self.qformer_length)
         return arrays
 
-    def _tiles(self, images: list[tuple[int, int, int, ImagePlan]], arrays: dict) -> dict[str, np.ndarray]:
+    def _tiles(
+        self, images: list[tuple[int, int, int, ImagePlan]], arrays: dict, places: list[tuple[int, int]]
+    ) -> dict[str, np.ndarray]:
         """The tile slots of a row: 'pixels' [T, H, W, 3] or 'features' [T, N, Dv], and 'tile_mask' [T]."""
         slots, tiling = self.splicing.tiles_per_row, self.splicing.tiling
         mask = np.arange(slots) < sum(plan.tiles for *_, plan in images)
@@ -102,18 +135,25 @@ class RowReader:
             return {"features": tiles, "tile_mask": mask}
         made = [np.zeros((slots, size, size, 3), np.uint8) for size, _ in tiling.views]
         for segment, source, name, plan in images:
-            path = image_path(self.folders[source], open_table(self.tables[source]).image_names[name])
+            held_by, called = self.sources[source], open_table(self.tables[source]).image_names[name]
+            path = image_address(held_by, called)
             try:
-                for view, tiles in zip(made, image_tiles(load_image(path), tiling, plan, path), strict=True):
+                image = load_image(held_by.image(called), path)
+                for view, tiles in zip(made, image_tiles(image, tiling, plan, path), strict=True):
                     view[tile : tile + plan.tiles] = tiles
             except DataError as error:
-                if not self.skip_bad_images:
+                if self.broken is None:
                     raise
                 # The rows are planned, so the conversation keeps its place and teaches nothing.
                 warnings.warn(f"Left out of the loss: {error}", stacklevel=2)
+                self.broken.add(self._place(*places[segment - 1]) | {"reason": str(error), "image": path})
                 arrays["loss_weights"][arrays["segment_ids"] == segment] = 0.0
             tile += plan.tiles
         return dict(zip(pixel_names(len(made)), made, strict=True)) | {"tile_mask": mask}
+
+    def _place(self, source: int, row: int) -> dict:
+        table = open_table(self.tables[source])
+        return record_place(self.configs[source], int(table.record[row]), table.ids[row], table.parts[row])
 
 
 def _file_of(array: np.ndarray) -> np.ndarray | tuple:

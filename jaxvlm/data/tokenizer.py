@@ -46,7 +46,7 @@ class Tokenizer:
         self.special_tokens = frozenset(specials)
         self.special_pattern = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
 
-        settings = _special_settings(file.parent)
+        settings = special_settings(file.parent)
         self.bos, self.bos_id = self._special(settings, "bos_token")
         self.eos, self.eos_id = self._special(settings, "eos_token")
         self.pad, self.pad_id = self._special(settings, "pad_token")
@@ -157,7 +157,8 @@ def _read(file: Path) -> str:
     )
 
 
-def _special_settings(folder: Path) -> dict:
+def special_settings(folder: Path) -> dict:
+    """What a tokenizer's folder says beside its tokenizer.json: special tokens and options."""
     settings: dict = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the later one wins
         file = folder / name

@@ -16,7 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxvlm.config import UserError
+from jaxvlm.config import SourceConfig, UserError
+from jaxvlm.data import DataError
+from jaxvlm.data.sources import open_source
 
 # The response formats of LLaVA-1.5 (recipes §1.2 P9). A question that already carries its format is left alone.
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
@@ -132,18 +134,17 @@ def request(question: Question, suffix: str, image: str | None) -> dict:
 def read_training_answers(paths: Iterable[str | Path]) -> list[tuple[str, str]]:
     """The (question, answer) pairs of LLaVA-format training files, without image markers and response formats.
 
-    They feed the question-only majority baseline. Reads a JSON list, JSONL of conversations, or a question file.
+    They feed the question-only majority baseline. Reads any source, and question files; records that training cannot use
+    either (its loader lists them) give none.
     """
     pairs = []
-    for path in map(Path, paths):
-        text = path.read_text(encoding="utf-8")
-        try:
-            records = json.loads(text)
-            records = records if isinstance(records, list) else [records]
-        except json.JSONDecodeError:
-            records = [json.loads(line) for line in text.splitlines() if line.strip()]
-        for record in records:
-            pairs.extend(_record_pairs(record))
+    for path in map(str, paths):
+        source = open_source(SourceConfig(path=path))
+        for i in range(len(source)):
+            try:
+                pairs += _record_pairs(source[i])
+            except (DataError, AttributeError, KeyError, TypeError):
+                continue
     return pairs
 
 

@@ -32,12 +32,23 @@ class Sampling(NamedTuple):
 
 @partial(jax.jit, static_argnums=0)
 def encode_images(config: ModelConfig, params: dict, pixels: Sequence[jax.Array]) -> jax.Array:
-    """Tiles to visual tokens [U, P, D]; `pixels` are uint8 [U, s, s, 3], one array for each view of them."""
+    """Tiles to visual tokens [U, P, D]; `pixels` are uint8 [U, s, s, 3], one array for each view of them.
+
+    Where the connector reads the instruction too, to the tower's features [U, N, Dv], which do not depend on it; the
+    visual tokens are then `read_images`'s.
+    """
 
     def run(model: VLM) -> jax.Array:
-        return model.project(model.encode(*(view[:, None] for view in pixels)))
+        features = model.encode(*(view[:, None] for view in pixels))
+        return features[:, 0] if config.connector.reads_text else model.project(features)
 
     return VLM(config).apply({"params": params}, method=run)
+
+
+@partial(jax.jit, static_argnums=0)
+def read_images(config: ModelConfig, params: dict, features: jax.Array, tokens: jax.Array, mask: jax.Array):
+    """Visual tokens [B, T * P, D] of features [B, T, N, Dv] under an instruction for each tile, [B, T, L] and its mask."""
+    return VLM(config).apply({"params": params}, features, tokens, mask, method="project")
 
 
 @partial(jax.jit, static_argnums=(0, 1))

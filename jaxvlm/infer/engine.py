@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 
 from jaxvlm.config import ModelConfig, PromptConfig, to_dict
 from jaxvlm.data import conversation, image
+from jaxvlm.data.instruction import instruction_fields, instruction_tokenizer
 from jaxvlm.data.layout import splice
 from jaxvlm.data.tiles import ImagePlan, image_plans, image_tiles, tiling
 from jaxvlm.data.tokenizer import Tokenizer
@@ -56,6 +57,7 @@ class Prompt(NamedTuple):
     blend: tuple[np.ndarray, np.ndarray] | None  # as in `VLM.embed`, int32 and float32 [n, 4]
     images: list
     plans: list[ImagePlan]  # of the images
+    instructions: list[np.ndarray]  # of the images, int32 [n], where the connector reads them; otherwise empty
     row: int  # seeds the row's random numbers, whatever batch it lands in
 
 
@@ -81,6 +83,7 @@ class Engine:
         self.tiling = tiling(config, prompt)
         self.tokenizer = Tokenizer(tokenizer_path or prompt.tokenizer)
         conversation.check_template(self.tokenizer, prompt.template)
+        self.instructions = instruction_tokenizer(config, prompt)
         self.end_ids = conversation.stop_ids(self.tokenizer, prompt.template)
         self._visual: OrderedDict[bytes, np.ndarray] = OrderedDict()
         self._fingerprint: str | None = None
@@ -251,7 +254,8 @@ class Engine:
         spliced = splice(encoded, plans, self.prompt.layout, tile_tokens=tile_tokens, bos_id=bos_id)
         row = zlib.crc32(str(request.get("id", index)).encode())
         blend = None if spliced.shares is None else (spliced.corners, spliced.shares)
-        return Prompt(spliced.tokens, spliced.visual_index, blend, images, plans, row)
+        asked = self.instructions.encode(messages) if self.instructions else []
+        return Prompt(spliced.tokens, spliced.visual_index, blend, images, plans, asked, row)
 
     def _plans(self, images: Sequence[Any]) -> list[ImagePlan]:
         """The tiles and visual tokens of a request's images; their sizes are looked up only if they matter."""
@@ -320,18 +324,30 @@ class Engine:
         found = self._encode_images(
             [pair for prompt in prompts for pair in zip(prompt.images, prompt.plans, strict=True)]
         )
-        tokens, width = found[0].shape[1:]
-        visual = np.zeros((rows, slots, tokens, width), found[0].dtype)
+        visual = np.zeros((rows, slots, *found[0].shape[1:]), found[0].dtype)
         pieces = iter(found)
         for row, prompt in enumerate(prompts):
             tile = 0
             for plan in prompt.plans:
                 visual[row, tile : tile + plan.tiles] = next(pieces)
                 tile += plan.tiles
-        return visual.reshape(rows, slots * tokens, width)
+        if self.instructions:
+            visual = self._read(visual, prompts)
+        return visual.reshape(rows, -1, visual.shape[-1])
+
+    def _read(self, features: np.ndarray, prompts: Sequence[Prompt]) -> np.ndarray:
+        """Visual tokens [rows, T * P, D] of features [rows, T, N, Dv], each tile's under its request's instruction."""
+        rows, slots = features.shape[:2]
+        tokens, mask = np.zeros((2, rows, slots, self.instructions.length), np.int32)
+        for row, prompt in enumerate(prompts):
+            tiles = [plan.tiles for plan in prompt.plans]
+            tokens[row], mask[row] = instruction_fields(prompt.instructions, tiles, *tokens.shape[1:]).values()
+        return np.asarray(
+            decoding.read_images(self.config, self.params, *(self._put(array) for array in (features, tokens, mask)))
+        )
 
     def _encode_images(self, images: Sequence[tuple[Any, ImagePlan]]) -> list[np.ndarray]:
-        """Visual tokens [t, P, D] of each image's tiles; every distinct picture goes through the tower once."""
+        """`decoding.encode_images` of each image's tiles, [t, P, D]; every distinct picture goes through the tower once."""
 
         def read(pair: tuple[Any, ImagePlan]) -> tuple[bytes, list[np.ndarray]]:
             item, plan = pair
@@ -355,7 +371,7 @@ class Engine:
         return [found[key] for key in keys]
 
     def _encode_tiles(self, images: dict[bytes, list[np.ndarray]]) -> dict[bytes, np.ndarray]:
-        """Visual tokens [t, P, D] of images given as views [t, s, s, 3]; tiles of many images share a pass."""
+        """As `_encode_images`, of images given as views [t, s, s, 3]; tiles of many images share a pass."""
         if not images:
             return {}
         views = [np.concatenate(view) for view in zip(*images.values(), strict=True)]

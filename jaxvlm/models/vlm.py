@@ -37,8 +37,9 @@ class VLM(nn.Module):
         """hidden [B, S, D] of a batch; with an empty cache, a prefill: (hidden, cache).
 
         Reads 'tokens', 'visual_index', 'positions' and 'segment_ids', int32 [B, S], and 'pixels' (uint8
-        [B, T, s, s, 3]; see `encode`), or 'features' ([B, T, N, Dv], a frozen tower's, kept from before), or neither. A token sees
-        what precedes it in its own segment, in some layers only within a sliding window.
+        [B, T, s, s, 3]; see `encode`), or 'features' ([B, T, N, Dv], a frozen tower's, kept from before), or neither; for a
+        Q-Former that reads text 'qformer_tokens' and 'qformer_mask' (see `project`). A token sees what precedes it in its
+        own segment, in some layers only within a sliding window.
         """
         visual, text = None, (batch.get("qformer_tokens"), batch.get("qformer_mask"))
         if "features" in batch:
@@ -181,6 +182,6 @@ def _init(config: ModelConfig, rng: jax.Array) -> dict:
     batch = {name: tokens for name in ("tokens", "visual_index", "positions", "segment_ids")}
     for name, part in zip(_pixel_names(config), config.vision.parts, strict=True):
         batch[name] = jnp.zeros((1, 1, part.input_size, part.input_size, 3), jnp.uint8)
-    if config.connector.kind == "qformer" and config.connector.qformer.text_vocab_size:
+    if config.connector.reads_text:
         batch["qformer_tokens"] = tokens[None]
     return VLM(config).init(rng, batch, method=lambda model, batch: model.logits(model(batch)))["params"]

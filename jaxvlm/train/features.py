@@ -17,11 +17,12 @@ import numpy as np
 
 from jaxvlm.config import ConfigError, ModelConfig, PromptConfig, to_dict
 from jaxvlm.data.image import image_size, load_image, transform_version
+from jaxvlm.data.sources import addresses_fingerprint, image_at
 from jaxvlm.data.tiles import ImagePlan, Tiling, image_plan, image_tiles, tiling
 from jaxvlm.models.vlm import VLM
 from jaxvlm.weights.saved import write_json
 
-FeatureTable = tuple[np.ndarray, dict[str, int]]  # [tiles, tokens, width] on disk; the row of each path's first tile
+FeatureTable = tuple[np.ndarray, dict[str, int]]  # [tiles, tokens, width] on disk; the row of each image's first tile
 
 
 def cached_features(
@@ -35,16 +36,20 @@ def cached_features(
 ) -> FeatureTable:
     """The vision features of `images` under the prompt's transform, read from `directory` or computed and written there.
 
-    The file's name is a digest of all that decides its content: tower config and weights, transform, image files. Raises
-    `ConfigError` where an image has no single set of features.
+    An image is given by its address (`image_at`). The file's name is a digest of all that decides its content: tower
+    config and weights, transform, images. Raises `ConfigError` where an image has no single set of features.
     """
     cut = _cacheable(config, prompt)
-    stats = [(path, (stat := Path(path).stat()).st_size, stat.st_mtime_ns) for path in images]
+    files = addresses_fingerprint(images)
     how = [transform_version(prompt.transform), cut.grids]
-    key = [to_dict(config.vision), config.dtype, how, _checksum(vision_params), stats]
+    key = [to_dict(config.vision), config.dtype, how, _checksum(vision_params), files]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+
+    def planned(path: str) -> ImagePlan:
+        return image_plan(cut, *(image_size(image_at(path), path) if cut.sized else (0, 0)))
+
     with ThreadPoolExecutor(16) as pool:
-        plans = list(pool.map(lambda path: image_plan(cut, *(image_size(path) if cut.sized else (0, 0))), images))
+        plans = list(pool.map(planned, images))
     ends = np.cumsum([plan.tiles for plan in plans]).tolist()
     shape = (max(ends, default=1), config.vision.num_tokens, config.vision.feature_width)
     dtype = jnp.dtype(config.dtype)
@@ -88,7 +93,9 @@ def _compute(config, vision_params, images: Iterator[tuple[str, ImagePlan]], cut
 
     def cut_up(pair):
         path, plan = pair
-        return list(zip(*image_tiles(load_image(path), cut, plan, path), strict=True))  # of each tile, its views
+        return list(
+            zip(*image_tiles(load_image(image_at(path), path), cut, plan, path), strict=True)
+        )  # of each tile, its views
 
     def run(tiles):
         views = [np.stack(view) for view in zip(*tiles, strict=True)]

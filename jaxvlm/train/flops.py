@@ -102,6 +102,13 @@ def _qformer_params(model: ModelConfig) -> float:
     return c.depth * layer + c.depth // c.cross_every * cross + c.width * model.llm.width
 
 
+def _qformer_text(model: ModelConfig, mask: np.ndarray) -> float:
+    """Multiply-adds of the instructions whose tokens are those of `mask` [B, T, L], in a Q-Former that reads them."""
+    c, text = model.connector.qformer, mask.sum(-1, dtype=np.float64)  # [B, T]
+    attended = (text * (2 * c.num_queries + text)).sum()  # beside what the queries attend to among themselves
+    return c.depth * (text.sum() * (4 * c.width**2 + 2 * c.width * c.mlp_dim) + 2 * attended * c.width)
+
+
 def _resampler_params(model: ModelConfig) -> float:
     """The queries themselves are the same for every tile, and so projected once a step."""
     tokens, into, width = model.vision.num_tokens, model.vision.feature_width, model.llm.width
@@ -137,6 +144,9 @@ def batch_flops(model: ModelConfig, batch: dict, trainable_share: dict[str, floa
     visual = float((batch["visual_index"] >= 0).sum())
     supervised = float((batch["loss_weights"] > 0).sum())
     tiles = float(batch["tile_mask"].sum()) if "pixels" in batch else 0.0
+    connector = visual * connector_params_per_token(model)
+    if "qformer_mask" in batch:
+        connector += float(_qformer_text(model, batch["qformer_mask"]))
 
     share = trainable_share
     into_vision = share["vision"] > 0
@@ -145,7 +155,7 @@ def batch_flops(model: ModelConfig, batch: dict, trainable_share: dict[str, floa
     llm = model.llm
     return {
         "vision": tiles * vision_flops(model.vision) * (1 + into_vision + share["vision"]),
-        "connector": 2 * visual * connector_params_per_token(model) * (1 + into_vision + share["connector"]),
+        "connector": 2 * connector * (1 + into_vision + share["connector"]),
         "llm": 2 * tokens * llm_params_per_token(llm) * (1 + into_layers + share["llm"]),
         "attention": 4 * attended * llm.depth * llm.num_heads * llm.head_dim * (1 + 2 * into_layers),
         "head": 2 * supervised * llm.width * llm.vocab_size * (1 + into_layers + share["head"]),

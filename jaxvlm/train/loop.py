@@ -72,11 +72,12 @@ def train_stage(
 
     # Compiled step -----------------------------------------------------------------------------------------------
     step_fn = jax.jit(
-        make_step(model, optimizer, len(stage.data.sources), stage.accumulate, loader.seed),
+        make_step(model, optimizer, len(loader.source_names), stage.accumulate, loader.seed),
         donate_argnums=0,
         out_shardings=(state_shardings(state, model_config, mesh), None),
     )
-    meter = Meter(stage, model_config, state, num_steps, start, directory.parent.parent / "metrics.jsonl", log_every)
+    metrics_path = directory.parent.parent / "metrics.jsonl"
+    meter = Meter(stage, model_config, state, num_steps, start, metrics_path, log_every, loader.stats())
 
     # Loop --------------------------------------------------------------------------------------------------------
     with explain_full_disk(directory), contextlib.closing(saver), contextlib.closing(meter), _signals() as received:

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from jaxvlm.config import ModelConfig, StageConfig, UserError
+from jaxvlm.data.bad import broken_conversations, check_share
 from jaxvlm.train.flops import batch_flops, peak_flops, trainable_shares
 from jaxvlm.train.optimizer import schedule
 from jaxvlm.train.state import TrainState, flat
@@ -50,6 +51,7 @@ class Meter:
         start: int,
         path: Path,
         log_every: int,
+        data: dict[str, Any],
     ):
         self.stage, self.model, self.num_steps = stage, model, num_steps
         self.path, self.log_every = path, log_every
@@ -59,7 +61,11 @@ class Meter:
         self.line = StatusLine()
         self.times: list[float] = []
         self.pending: tuple[int, dict, dict] | None = None
-        self.file = open_metrics(path, stage.name, start)
+        self.sources, self.broken = data["sources"], dict.fromkeys(data["sources"], 0)
+        for entry in read_metrics(path):
+            if entry["stage"] == stage.name and entry["step"] <= start:
+                self.broken |= entry.get("broken", {})
+        self.file = open_metrics(path, stage.name, start, {"event": "data", "stage": stage.name} | data)
         self.clock = time.perf_counter()
 
     def add(self, step: int, batch: dict, metrics: dict) -> None:
@@ -103,13 +109,36 @@ class Meter:
             "images_per_second": round(images / seconds, 2),
             "mfu": round(flops / seconds / self.peak, 6),
         }
-        if len(self.stage.data.sources) > 1:
-            means = metrics["source_loss"] / np.maximum(metrics["source_tokens"], 1)
-            entry["source_loss"] = {s.name: float(m) for s, m in zip(self.stage.data.sources, means, strict=True)}
-        if step % self.log_every == 0 or step in (1, self.num_steps):
+        if len(self.sources) > 1:
+            sums = zip(self.sources, metrics["source_loss"], metrics["source_tokens"], strict=True)
+            entry["source_loss"] = {name: float(loss / count) for name, loss, count in sums if count}
+        found = self._find_broken(batch)
+        if any(self.broken.values()):
+            entry["broken"] = {name: count for name, count in self.broken.items() if count}
+        if found or step % self.log_every == 0 or step in (1, self.num_steps):
             self.file.write(json.dumps(entry) + "\n")
             self.file.flush()
         self._show(entry)
+        if found:
+            self._check_broken()
+
+    def _find_broken(self, batch: dict) -> bool:
+        """Counts the conversations of a batch that teach nothing because an image of theirs could not be decoded."""
+        if self.stage.data.bad_records != "skip":
+            return False  # the run has stopped
+        counts = broken_conversations(batch, len(self.sources)).tolist()
+        self.broken = {name: self.broken[name] + count for name, count in zip(self.sources, counts, strict=True)}
+        return any(counts)
+
+    def _check_broken(self) -> None:
+        """Stops the run if a source loses too much, what was left out from the start included."""
+        for name, one in self.sources.items():
+            often = one["samples"] / max(one["records"], 1)  # a record is seen in this run
+            before = round(one["lost"] * often)
+            why = one["skipped"] | {
+                "image that cannot be decoded, listed beside the skipped records": self.broken[name]
+            }
+            check_share(name, before + self.broken[name], before + one["samples"], self.stage.data, why)
 
     def _show(self, entry: dict[str, Any]) -> None:
         step = entry["step"]
@@ -179,15 +208,27 @@ def duration(seconds: float) -> str:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """All whole lines of a metrics.jsonl; a last line torn by a kill is left out."""
+    """The steps in a metrics.jsonl; a last line torn by a kill is left out."""
+    return [entry for entry in _lines(path) if "event" not in entry]
+
+
+def read_events(path: Path) -> list[dict]:
+    """What else is in a metrics.jsonl: of each stage `Loader.stats()`, as event 'data'."""
+    return [entry for entry in _lines(path) if "event" in entry]
+
+
+def _lines(path: Path) -> list[dict]:
     if not path.is_file():
         return []
     text = path.read_text()
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
-def open_metrics(path: Path, stage: str, resume_step: int) -> TextIO:
-    """Opens metrics.jsonl for appending, dropping first what a killed run wrote after its last checkpoint."""
-    kept = [entry for entry in read_metrics(path) if entry["stage"] != stage or entry["step"] <= resume_step]
-    path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+def open_metrics(path: Path, stage: str, resume_step: int, event: dict) -> TextIO:
+    """Opens metrics.jsonl for appending, with `event` in place of the stage's earlier ones.
+
+    What a killed run wrote after its last checkpoint is dropped first.
+    """
+    kept = [e for e in _lines(path) if e["stage"] != stage or ("event" not in e and e["step"] <= resume_step)]
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in [*kept, event]))
     return path.open("a")

@@ -18,6 +18,7 @@ _HELPFUL = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
     "provides, and assist the user with a variety of tasks using natural language."
 )
+_BARE = {"user": "", "ask": "", "lead": " ", "image_first": True, "strip_answers": True}
 _STRIPPED = {"strip_answers": True, "strip_questions": True}
 _LLAMA_3 = _STRIPPED | {
     "start": "<|begin_of_text|>",
@@ -61,6 +62,8 @@ CHAT: dict[str, dict[str, Any]] = {
     "prism_mistral": _INST | _STRIPPED | {"end": "</s>"},
     "prism_phi": {"start": "<|endoftext|>", "user": "Input: ", "ask": "\nOutput:", "lead": " "}
     | {"end": "\n<|endoftext|>", "image_first": True, "strip_answers": True},
+    "blip2": _BARE | {"end": "\n"},
+    "instructblip": _BARE | {"end": "{{ eos_token }}"},
     "llama_3": _LLAMA_3,
     "cambrian_llama_3": _LLAMA_3
     | {

@@ -70,6 +70,11 @@ def _copy_run(path: str, out: str, dtype: str, dry_run: bool) -> ImportReport:
 
 def check_tokenizer(opened: Opened) -> None:
     """Raises `WeightsError` if the model has no tokenizer.json, or one whose ids it does not know."""
+    if (reader := opened.prompt.qformer_tokenizer) and not Path(reader).is_dir():
+        raise WeightsError(
+            f"{reader} does not exist, without which the Q-Former cannot read the instruction. Take the folder "
+            "'qformer_tokenizer' from the model's page and put it beside the weights."
+        )
     file = Path(opened.prompt.tokenizer).expanduser() / "tokenizer.json"
     if not file.is_file():
         older = file.with_name("tokenizer.model").is_file()

@@ -93,9 +93,7 @@ def require_exportable(model: ModelConfig, prompt: PromptConfig, format: str) ->
     reasons = _peft_reasons(model) if format == "peft" else TARGETS[format].reasons(model, prompt)
     if reasons:
         others = [name for name, target in TARGETS.items() if not target.reasons(model, prompt)]
-        own = (
-            "No other project computes it either: keep jaxvlm's own form, which jaxvlm chat, eval and jaxvlm.load read."
-        )
+        own = "No other form holds it either: keep jaxvlm's own form, which jaxvlm chat, eval and jaxvlm.load read."
         instead = f"Use --format {others[0]}." if others else own
         raise WeightsError(f"'{format}' cannot hold this model: {'; '.join(reasons)}. {instead}")
 
@@ -158,6 +156,8 @@ def _hf_reasons(model: ModelConfig, prompt: PromptConfig) -> list[str]:
         reasons.append("the tower sees several scales (vision.scales)")
     if model.llm.learned_positions and model.llm.tie_embeddings:
         reasons.append("LLaVA's classes cannot tie an OPT's head to its embedding (llm.tie_embeddings)")
+    if prompt.layout == "images_first":
+        reasons.append("images stand in front of BOS (prompt.layout = 'images_first')")
     return reasons
 
 

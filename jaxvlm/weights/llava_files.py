@@ -32,8 +32,8 @@ def reasons(model: ModelConfig, prompt: PromptConfig) -> list[str]:
         found.append(
             f"LLaVA's projectors are linear layers with biases and the exact GELU, this one is '{connector.kind}'"
         )
-    if prompt.layout == "prismatic":
-        found.append("images stand in front of the prompt (prompt.layout = 'prismatic')")
+    if prompt.layout in ("prismatic", "images_first"):
+        found.append(f"images stand in front of the prompt (prompt.layout = '{prompt.layout}')")
     if prompt.transform not in ("letterbox", "crop", "anyres") or prompt.max_tiles:
         found.append(f"LLaVA prepares no images as prompt.transform = '{prompt.transform}' does")
     if (prompt.transform == "anyres") != connector.row_end:

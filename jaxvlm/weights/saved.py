@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,22 +33,22 @@ def run_folder(path: Path) -> Path | None:
 
 
 def save_model(directory: Path, params: dict, model: ModelConfig, prompt: PromptConfig, extra: dict) -> None:
-    """Writes a finished model: parameters, tokenizer and the manifest that says how to use them."""
+    """Writes a finished model: parameters, tokenizers and the manifest that says how to use them."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with explain_full_disk(directory, sum(leaf.nbytes for leaf in jax.tree.leaves(params))):
         ocp.save((directory / "params").absolute(), params, overwrite=True)
-    tokenizer = directory / "tokenizer"
-    tokenizer.mkdir(exist_ok=True)
-    for file in Path(prompt.tokenizer).iterdir():
-        if file.suffix in (".json", ".jinja", ".model") and "safetensors" not in file.name:
-            shutil.copyfile(file, tokenizer / file.name)
+    for name in _tokenizers(prompt):
+        (directory / name).mkdir(exist_ok=True)
+        for file in Path(getattr(prompt, name)).iterdir():
+            if file.suffix in (".json", ".jinja", ".model", ".txt") and "safetensors" not in file.name:
+                shutil.copyfile(file, directory / name / file.name)
     manifest = {
         "kind": "jaxvlm-model",
         "format": 1,
         "jaxvlm": jaxvlm.__version__,
         "model": to_dict(model),
-        "prompt": {**to_dict(prompt), "tokenizer": "tokenizer"},
+        "prompt": {**to_dict(prompt), **{name: name for name in _tokenizers(prompt)}},
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         **extra,
     }
@@ -77,10 +78,16 @@ def load_model(
         raise CheckpointError(f"{path} is not a jaxvlm model of format 1; it was written by {manifest.get('jaxvlm')}.")
     try:
         model = build(ModelConfig, manifest["model"], "model")
-        prompt = build(PromptConfig, manifest["prompt"] | {"tokenizer": str(directory / "tokenizer")}, "prompt")
+        prompt = build(PromptConfig, manifest["prompt"], "prompt")
+        prompt = replace(prompt, **{name: str(directory / name) for name in _tokenizers(prompt)})
     except ConfigError as error:
         raise CheckpointError(f"{path} does not fit this version of jaxvlm ({jaxvlm.__version__}): {error}") from error
     return _load_params(directory / "params", shardings and shardings(model), dtype, part), model, prompt, manifest
+
+
+def _tokenizers(prompt: PromptConfig) -> tuple[str, ...]:
+    """The settings that name a tokenizer's folder, and the names of their copies in a saved model."""
+    return ("tokenizer", "qformer_tokenizer") if prompt.qformer_tokenizer else ("tokenizer",)
 
 
 def _load_params(folder: Path, shardings: dict | None, dtype: Dtype | None, part: str) -> dict:

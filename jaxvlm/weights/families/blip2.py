@@ -88,8 +88,13 @@ def configure(given: dict, folder: Path) -> ModelConfig:
 
 
 def prompt(given: dict, folder: Path) -> dict[str, Any]:
-    """Images are squeezed into a square, and nothing stands around a question; BLIP-2 itself has BOS after the image."""
-    return {"transform": "naive", "template": "plain"}
+    """Images are squeezed into a square and stand in front of BOS, and nothing stands around a question."""
+    values = {"transform": "naive", "template": "blip2", "layout": "images_first"}
+    if given["model_type"] == "instructblip":
+        positions = (_QFORMER | _part(given, "qformer_config"))["max_position_embeddings"]
+        values |= {"template": "instructblip", "qformer_tokenizer": str(folder / "qformer_tokenizer")}
+        values |= {"qformer_length": min(128, positions)}
+    return values
 
 
 BLIP2 = Format(
