@@ -15,7 +15,7 @@ from jaxvlm.data.image import load_image
 from jaxvlm.data.packing import assemble
 from jaxvlm.data.sources import image_path
 from jaxvlm.data.table import Splicing, open_table, table_images, table_plans, table_spliced
-from jaxvlm.data.tiles import ImagePlan, image_tiles, pixel_names
+from jaxvlm.data.tiles import ImagePlan, image_tiles, tile_regions, tower_names
 
 
 class Samples(NamedTuple):
@@ -42,14 +42,14 @@ class RowReader:
     folders: list[str]
     splicing: Splicing
     skip_bad_images: bool
-    features: tuple[np.ndarray, Mapping[str, int]] | None
+    features: tuple[Sequence[np.ndarray], Mapping[str, int]] | None
 
     def __post_init__(self):
         self.has_images = bool(self.samples.images.any())
         self.feature_rows = None
         if self.features is not None:
-            array, index = self.features
-            self.features = _file_of(array)
+            arrays, index = self.features
+            self.features = [_file_of(array) for array in arrays]
             self.feature_rows = [
                 np.asarray(
                     [index.get(image_path(folder, name), -1) for name in open_table(table).image_names],
@@ -88,18 +88,22 @@ class RowReader:
         return arrays
 
     def _tiles(self, images: list[tuple[int, int, int, ImagePlan]], arrays: dict) -> dict[str, np.ndarray]:
-        """The tile slots of a row: 'pixels' [T, H, W, 3] or 'features' [T, N, Dv], and 'tile_mask' [T]."""
+        """The tile slots of a row: 'pixels' [T, H, W, 3] or 'features' [T, N, Dv], of several towers one each, 'tile_mask'
+        [T], and for some 'tile_regions' (see `tiles.tile_regions`).
+        """
         slots, tiling = self.splicing.tiles_per_row, self.splicing.tiling
         mask = np.arange(slots) < sum(plan.tiles for *_, plan in images)
+        rest = {"tile_mask": mask} | tile_regions(tiling, [plan for *_, plan in images], slots)
         tile = 0
         if self.features is not None:
-            array = _features(self.features)
-            tiles = np.zeros((slots, *array.shape[1:]), array.dtype)
+            arrays = [_features(array) for array in self.features]
+            made = [np.zeros((slots, *array.shape[1:]), array.dtype) for array in arrays]
             for _, source, name, plan in images:
                 first = self.feature_rows[source][name]
-                tiles[tile : tile + plan.tiles] = array[first : first + plan.tiles]
+                for tiles, array in zip(made, arrays, strict=True):
+                    tiles[tile : tile + plan.tiles] = array[first : first + plan.tiles]
                 tile += plan.tiles
-            return {"features": tiles, "tile_mask": mask}
+            return dict(zip(tower_names("features", len(made)), made, strict=True)) | rest
         made = [np.zeros((slots, size, size, 3), np.uint8) for size, _ in tiling.views]
         for segment, source, name, plan in images:
             path = image_path(self.folders[source], open_table(self.tables[source]).image_names[name])
@@ -113,7 +117,7 @@ class RowReader:
                 warnings.warn(f"Left out of the loss: {error}", stacklevel=2)
                 arrays["loss_weights"][arrays["segment_ids"] == segment] = 0.0
             tile += plan.tiles
-        return dict(zip(pixel_names(len(made)), made, strict=True)) | {"tile_mask": mask}
+        return dict(zip(tower_names("pixels", len(made)), made, strict=True)) | rest
 
 
 def _file_of(array: np.ndarray) -> np.ndarray | tuple:
@@ -123,8 +127,8 @@ def _file_of(array: np.ndarray) -> np.ndarray | tuple:
     return array
 
 
-def _features(features: np.ndarray | tuple) -> np.ndarray:
-    return _reopened(features) if isinstance(features, tuple) else features
+def _features(array: np.ndarray | tuple) -> np.ndarray:
+    return _reopened(array) if isinstance(array, tuple) else array
 
 
 @functools.lru_cache(maxsize=8)

@@ -31,11 +31,16 @@ class Sampling(NamedTuple):
 
 
 @partial(jax.jit, static_argnums=0)
-def encode_images(config: ModelConfig, params: dict, pixels: Sequence[jax.Array]) -> jax.Array:
-    """Tiles to visual tokens [U, P, D]; `pixels` are uint8 [U, s, s, 3], one array for each view of them."""
+def encode_images(
+    config: ModelConfig, params: dict, pixels: Sequence[jax.Array], regions: jax.Array | None = None
+) -> jax.Array:
+    """Tiles to visual tokens [U, P, D]; `pixels` are uint8 [U, s, s, 3], one array for each view of them, and `regions`
+    int32 [U, towers, 4] (see `SVA`).
+    """
 
     def run(model: VLM) -> jax.Array:
-        return model.project(model.encode(*(view[:, None] for view in pixels)))
+        tile_regions = None if regions is None else regions[:, None]
+        return model.project(model.encode(*(view[:, None] for view in pixels)), tile_regions=tile_regions)
 
     return VLM(config).apply({"params": params}, method=run)
 
