@@ -99,26 +99,26 @@ class Cambrian(nn.Module):
             self.vision_sampler_layers = nn.ModuleList([sampler(D, 1) for _ in range(in_llm)])
         self.vision_query, self.image_newline = nn.Parameter(torch.zeros(1, W)), nn.Parameter(torch.zeros(D))
 
-    def look(self, tile, shown=((0, 2, 0, 2), (0, 4, 0, 4))):
+    def look(self, tile, shown=((0, 2, 0, 2), (0, 4, 0, 4)), grid=GRID):
         """[N_i, Dv_i] of each tower -> the context [W], and for each query what lies under it in each tower, with what of
         it is visible: the rows and columns (top, bottom, left, right) that are `shown`, or if that is none, everything.
         """
         features = [getattr(self, f"mm_projector_aux_{i}")(x) for i, x in enumerate(tile)]
         found = []
-        for row in range(GRID):
-            for column in range(GRID):
+        for row in range(grid):
+            for column in range(grid):
                 cells, seen = [], []
                 for x, side, (top, bottom, left, right) in zip(features, (1, 2), shown, strict=True):
                     places = [(side * row + i, side * column + j) for i in range(side) for j in range(side)]
-                    cells.append(x[[y * side * GRID + x for y, x in places]])
+                    cells.append(x[[y * side * grid + x for y, x in places]])
                     inside = [top <= y < bottom and left <= x < right for y, x in places]
                     seen += inside if any(inside) else [True] * side**2
                 found.append((cells, torch.tensor(seen)))
         return features[0].mean(0), found
 
-    def forward(self, tile, *shown):
-        """The visual tokens [4, D] of one tile."""
-        context, under = self.look(tile, *shown)
+    def forward(self, tile, *how):
+        """The visual tokens [grid * grid, D] of one tile."""
+        context, under = self.look(tile, *how)
         tokens = []
         for cells in under:
             query = self.vision_query[0]
