@@ -60,7 +60,7 @@ class VisionConfig:
     scales: tuple[int, ...] = (1,)  # S2: also see the image at these multiples of image_size, in image_size tiles
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
-    fill: tuple[float, ...] | None = None  # the colour of a letterbox's bars; None is the mean
+    fill: tuple[float, ...] = ()  # the colour of a letterbox's bars; () is the mean
     towers: tuple[VisionConfig, ...] = ()
 
     @property
