@@ -174,7 +174,7 @@ def test_features_of_tiles_take_the_place_of_pixels(folder):
         rows += list(image_tiles(image, cut, image_plans(cut, [image.size])[0])[0])
     array = np.stack(rows).mean((1, 2)).astype(np.float32)[:, None]  # [n, 1, 3]
     for pixels, features in zip(
-        loader(folder).batches(), loader(folder, features=(array, index)).batches(), strict=True
+        loader(folder).batches(), loader(folder, features=([array], index)).batches(), strict=True
     ):
         assert features.keys() ^ pixels.keys() == {"pixels", "features"}
         np.testing.assert_array_equal(features["features"][:, :, 0], pixels["pixels"].mean((2, 3)).astype(np.float32))
