@@ -60,6 +60,7 @@ class VisionConfig:
     scales: tuple[int, ...] = (1,)  # S2: also see the image at these multiples of image_size, in image_size tiles
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    fill: tuple[float, ...] = ()  # the colour of a letterbox's bars; () is the mean
     towers: tuple[VisionConfig, ...] = ()
 
     @property
@@ -247,7 +248,9 @@ class PromptConfig:
 
     tokenizer: str = ""  # folder with a tokenizer.json
     template: str = "vicuna_v1"
-    transform: str = "letterbox"  # naive | crop | letterbox: one tile; anyres | hd: a global view and a grid of tiles
+    # naive | crop | letterbox: one tile; letterbox_unpad: without the tokens of its bars, which an SVA does not look at
+    # either; anyres | hd: a global view and a grid of tiles
+    transform: str = "letterbox"
     grids: tuple[tuple[int, int], ...] = ()  # anyres, hd: the (rows, columns) of tiles to choose from; () is its own
     max_tiles: int = 0  # `anyres_max_N`: a grid of more than N tiles' tokens is scaled down to that; 0 is no limit
     tile_several: bool = True  # False (OneVision): of several images in a conversation each is one letterboxed tile

@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import runpy
 from pathlib import Path
 
 import pytest
+from flax.traverse_util import flatten_dict
 
 from jaxvlm.config import ConfigError, RunConfig, build, complete, differences, parse_arg, to_dict
-from jaxvlm.main import load_config
+from jaxvlm.main import load_config, main
+from jaxvlm.models.vlm import abstract_params
+from jaxvlm.train.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -25,6 +30,14 @@ SPECS = {
     "llava15-pretrain": "llava15.py:pretrain_only",
     "llava15-tiny": "llava15.py:tiny",
     "llava15-row3-half": "llava15.py:row=3,subset=0.5,extra=lvis_instruct4v_220k.json",
+    "prismatic-one-stage-7b": "prismatic.py",
+    "prismatic-reproduction-13b": "prismatic.py:model=reproduction-llava-v15+13b",
+    "prismatic-dinosiglip-7b": "prismatic.py:model=prism-dinosiglip+7b",
+    "prismatic-phi-2": "prismatic.py:model=phi-2+3b",
+    "prismatic-tiny": "prismatic.py:two_stage,vision=dinosiglip-vit-so-384px,tiny",
+    "cambrian-8b": "cambrian.py",
+    "cambrian-34b": "cambrian.py:size=34b",
+    "cambrian-tiny": "cambrian.py:tiny",
 }
 
 
@@ -75,6 +88,93 @@ def test_the_rows_of_table_2():
     assert row(9)[0].model.llm.width == 5120
     with pytest.raises(ConfigError, match="'row' must be one of 8, 0"):
         row(12)
+def prismatic(arg=""):
+    return load_config(str(ROOT / "configs" / "prismatic.py") + arg)
+
+
+def test_prismatic_is_the_published_recipe():
+    """The figures of its conf/models.py (recipes §1.3, §1.4, §7.2)."""
+    (one,) = prismatic().stages
+    align, instruct = prismatic(":model=reproduction-llava-v15+7b").stages
+    assert one == instruct
+    assert (align.batch_size, align.optimizer.learning_rate, align.epochs) == (256, 1e-3, 1.0)
+    assert (one.batch_size, one.optimizer.learning_rate, one.epochs) == (128, 2e-5, 1.0)
+    for stage in (align, one):
+        optimizer = stage.optimizer
+        assert (optimizer.weight_decay, optimizer.clip_norm, optimizer.warmup_ratio) == (0.0, 1.0, 0.03)
+        assert (optimizer.betas, optimizer.eps, optimizer.schedule) == ((0.9, 0.999), 1e-8, "cosine")
+        assert optimizer.warmup_rounding == "floor"
+    assert (align.trainable, align.data.template) == (("connector/.*",), "plain_eos")
+    assert one.trainable == ("connector/.*", "llm/.*") and one.data.template is None
+    prompt, seed = prismatic().prompt, prismatic().seed
+    assert (prompt.template, prompt.transform, prompt.layout, seed) == ("vicuna_v1", "letterbox", "prismatic", 7)
+    assert (prompt.length, prompt.truncation) == (2048 + 576, "before_splice")
+
+
+def test_prismatics_registered_models():
+    """All of the paper's, by what it calls them: the trained parts, the towers, the language models, the data."""
+    table = runpy.run_path(str(ROOT / "configs" / "prismatic.py"))["MODELS"]
+    assert len(table) == 49
+    full = prismatic(":model=prism-dinosiglip+7b")
+    assert [tower.num_registers for tower in full.model.vision.towers] == [4, 0] and full.model.vision.grid == 27
+    assert (full.model.connector.kind, full.model.vision.feature_width) == ("fused_mlp", 2176)
+    assert (full.prompt.template, full.prompt.transform, full.prompt.length) == ("prism", "naive", 2048 + 729)
+    (stage,) = full.stages
+    assert stage.epochs == 2.0 and stage.data.sources[0].path.endswith("llava_v1_5_lvis4v_lrv_mix1231k.json")
+    paths = full.init.vision.split(",")
+    assert [path.split("/")[-1][:6] for path in paths] == ["vit_la", "siglip"] and full.init.llm.endswith("-2-7b-hf")
+    assert prismatic(":model=full-ft-one-stage+7b").stages[0].trainable[-1] == "vision/.*"
+    longer = prismatic(":model=train-1.25-epochs+7b").stages[0]
+    assert (longer.steps, longer.epochs) == (6500, None)
+    given = prismatic(":model=prism-siglip+7b,resize=resize-crop,llm=mistral-v0.1-7b-instruct")  # what is given counts
+    assert (given.prompt.transform, given.prompt.template) == ("crop", "prism_mistral")
+    assert given.model.vision.activation == "gelu_erf" and given.model.connector.kind == "mlp2x_gelu"
+    assert prismatic(":model=dinoclip-336px-letterbox+7b").model.vision.towers[1].activation == "gelu_erf"
+    for name in table:
+        config = prismatic(f":model={name}")
+        assert config.model.llm.width == {"7": 4096, "1": 5120, "3": 2560}[name.split("+")[1][0]]
+        assert config.model.tile_tokens == config.prompt.length - 2048
+
+
+def test_cambrian_is_the_published_recipe():
+    """The figures of its scripts, and the batches of the paper (recipes §1.3 D9)."""
+
+    def cambrian(size):
+        return load_config(str(ROOT / "configs" / "cambrian.py") + f":size={size}")
+
+    layers = {"8b": range(0, 30, 3), "13b": range(0, 40, 4), "34b": range(0, 63, 7)}
+    templates = {"8b": "cambrian_llama_3", "13b": "vicuna_v1", "34b": "cambrian_chatml"}
+    for size, rate, batch in (("8b", 4e-5, 512), ("13b", 4e-5, 512), ("34b", 2e-5, 1024)):
+        config = cambrian(size)
+        align, instruct = config.stages
+        assert (align.batch_size, align.optimizer.learning_rate, align.epochs) == (512, 1e-3, 1.0)
+        assert (instruct.batch_size, instruct.optimizer.learning_rate, instruct.epochs) == (batch, rate, 1.0)
+        assert (align.optimizer.warmup_ratio, instruct.optimizer.warmup_ratio) == (0.06, 0.03)
+        assert (align.trainable, instruct.trainable) == (("connector/.*",), ("connector/.*", "llm/.*"))
+        for optimizer in (align.optimizer, instruct.optimizer):
+            assert (optimizer.weight_decay, optimizer.clip_norm, optimizer.betas) == (0.0, 1.0, (0.9, 0.999))
+        sva = config.model.connector.sva
+        assert (sva.width, sva.num_heads, sva.depth, sva.groups, sva.grid) == (1024, 16, 3, 1, 24)
+        assert sva.llm_layers == tuple(layers[size]) and config.model.connector.row_end
+        assert (config.prompt.template, config.prompt.transform) == (templates[size], "letterbox_unpad")
+        assert (config.prompt.length, config.prompt.truncation) == (2048, "after_splice")
+    # The samplers and their queries learn ten times more slowly in the first stage; the rest does not.
+    names = flatten_dict(abstract_params(cambrian("8b").model)["connector"], sep="/")
+    (pattern, factor), slow = cambrian("8b").stages[0].optimizer.learning_rate_scales[0], set()
+    slow = {name.split("/")[0] for name in names if re.match(pattern, f"connector/{name}")}
+    assert factor == 0.1 and slow == {"query", "group_0", "llm_layers"}
+    rest = {name.split("/")[0] for name in names} - slow
+    assert rest == {"aux_0", "aux_1", "aux_2", "aux_3", "linear_1", "linear_2", "newline"}
+
+
+@pytest.mark.parametrize("spec", ["prismatic.py:two_stage,vision=dinosiglip-vit-so-384px,tiny", "cambrian.py:tiny"])
+def test_toys_train(spec, tmp_path):
+    """Both stages for some steps, and the saved model answers."""
+    changes = {"mesh.fsdp": 1, "eval.task": "''", "stages[0].steps": 2, "stages[1].steps": 12}
+    argv = [f"--config.{key}={value}" for key, value in changes.items()]
+    assert main(["--config", str(ROOT / "configs" / spec), "--workdir", str(tmp_path / "run"), *argv]) == 0
+    losses = [entry["loss"] for entry in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert len(losses) == 14 and losses[-1] < 0.7 * losses[2]
 
 
 def test_overrides_reach_into_stages():

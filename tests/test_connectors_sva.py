@@ -39,6 +39,10 @@ MODEL = ModelConfig(
 FEATURES = tuple(
     np.random.default_rng(i).normal(size=(2, 2, n, w)).astype(np.float32) for i, n, w in ((0, 4, 6), (1, 16, 10))
 )
+# Of each tile and tower, what is shown: everything, a band, a corner (windows without any of it), an empty slot.
+REGIONS = np.int32(
+    [[[0, 2, 0, 2], [0, 4, 0, 4]], [[0, 2, 0, 2], [1, 3, 0, 4]], [[1, 2, 0, 1], [0, 1, 1, 4]], [[0] * 4] * 2]
+).reshape(2, 2, 2, 4)
 TOLERANCE = 2e-5
 
 
@@ -61,13 +65,13 @@ class SamplerLayer(nn.Module):
         self.proj_out.linear_1, self.proj_out.linear_2 = nn.Linear(W, W, bias=False), nn.Linear(W, width, bias=False)
         self.pos_embed_1 = nn.Parameter(torch.zeros(4, W))  # of the tower with 2 x 2 cells under a query
 
-    def forward(self, query, context, cells):
-        """query [width], context [W], cells [(1, W), (4, W)] -> [width]."""
+    def forward(self, query, context, cells, seen):
+        """query [width], context [W], cells [(1, W), (4, W)], which of the five it sees -> [width]."""
         a = self.cross_attn
         x = self.proj_in(torch.cat([query, self.proj_context(context)]))
         cells = [cells[0], cells[1] + self.pos_embed_1]
-        keys = torch.cat([a.k_proj_0(cells[0]), a.k_proj_1(cells[1])])  # [5, W]
-        values = torch.cat([a.v_proj_0(cells[0]), a.v_proj_1(cells[1])])
+        keys = torch.cat([a.k_proj_0(cells[0]), a.k_proj_1(cells[1])])[seen]  # [5, W] at most
+        values = torch.cat([a.v_proj_0(cells[0]), a.v_proj_1(cells[1])])[seen]
         size, heads = W // HEADS, []
         for head in range(HEADS):
             part = slice(head * size, (head + 1) * size)
@@ -95,24 +99,31 @@ class Cambrian(nn.Module):
             self.vision_sampler_layers = nn.ModuleList([sampler(D, 1) for _ in range(in_llm)])
         self.vision_query, self.image_newline = nn.Parameter(torch.zeros(1, W)), nn.Parameter(torch.zeros(D))
 
-    def look(self, tile):
-        """[N_i, Dv_i] of each tower -> the context [W], and for each query what lies under it in each tower."""
-        seen = [getattr(self, f"mm_projector_aux_{i}")(x) for i, x in enumerate(tile)]
-        cells = []
-        for row in range(GRID):
-            for column in range(GRID):
-                window = [(2 * row + i) * 2 * GRID + 2 * column + j for i in (0, 1) for j in (0, 1)]
-                cells.append((seen[0][[row * GRID + column]], seen[1][window]))
-        return seen[0].mean(0), cells
+    def look(self, tile, shown=((0, 2, 0, 2), (0, 4, 0, 4)), grid=GRID):
+        """[N_i, Dv_i] of each tower -> the context [W], and for each query what lies under it in each tower, with what of
+        it is visible: the rows and columns (top, bottom, left, right) that are `shown`, or if that is none, everything.
+        """
+        features = [getattr(self, f"mm_projector_aux_{i}")(x) for i, x in enumerate(tile)]
+        found = []
+        for row in range(grid):
+            for column in range(grid):
+                cells, seen = [], []
+                for x, side, (top, bottom, left, right) in zip(features, (1, 2), shown, strict=True):
+                    places = [(side * row + i, side * column + j) for i in range(side) for j in range(side)]
+                    cells.append(x[[y * side * grid + x for y, x in places]])
+                    inside = [top <= y < bottom and left <= x < right for y, x in places]
+                    seen += inside if any(inside) else [True] * side**2
+                found.append((cells, torch.tensor(seen)))
+        return features[0].mean(0), found
 
-    def forward(self, tile):
-        """The visual tokens [4, D] of one tile."""
-        context, cells = self.look(tile)
+    def forward(self, tile, *how):
+        """The visual tokens [grid * grid, D] of one tile."""
+        context, under = self.look(tile, *how)
         tokens = []
-        for under in cells:
+        for cells in under:
             query = self.vision_query[0]
             for layer in self.vision_sampler_0.layers:
-                query = layer(query, context, under)
+                query = layer(query, context, *cells)
             tokens.append(self.mm_projector(query))
         return torch.stack(tokens)
 
@@ -137,11 +148,17 @@ def test_connector(tmp_path):
     params = imported(MODEL, state, tmp_path)
     with torch.no_grad():
         expected = torch.stack([module(tile) for tile in tiles()])
+        masked = torch.stack([module(*pair) for pair in zip(tiles(), REGIONS.reshape(4, 2, 4), strict=True)])
     found, idle = project_and_idle(replace(MODEL, remat="full"), params, FEATURES)
     assert found.shape == (2, 2 * MODEL.tile_tokens, D)
     error = relative_error(found.reshape(4, 4, D), expected)
     record_parity("Cambrian SVA", "connector", error)
-    assert error <= TOLERANCE
+    found, _ = project_and_idle(replace(MODEL, remat="full"), params, FEATURES, None, None, REGIONS)
+    hidden_error = relative_error(found.reshape(4, 4, D), masked)
+    record_parity("Cambrian SVA, bars hidden", "connector", hidden_error)
+    assert max(error, hidden_error) <= TOLERANCE
+    changed = np.abs(masked - expected).amax(dim=(1, 2)).numpy() > 1e-2
+    assert changed.tolist() == [False, True, True, False]  # a slot without an image sees everything
     check_round_trip(MODEL, params, state)
     assert idle == {"newline"}  # placed by the splice
 
@@ -167,7 +184,8 @@ def hidden_and_gradients(config, params, batch):
 @partial(jax.jit, static_argnums=0)
 def prefill(config, params, batch):
     def run(model):
-        visual, length = model.project(batch["features"]), batch["tokens"].shape[1]
+        features = batch["features"], batch["features_1"]
+        visual, length = model.project(features, tile_regions=batch["tile_regions"]), batch["tokens"].shape[1]
         ends = np.broadcast_to(np.arange(1, length + 1), batch["tokens"].shape)
         cache = init_cache(config.llm, 2, length, np.float32)
         given = batch["tokens"], batch["visual_index"], visual, batch["positions"], 0 * ends, ends
@@ -198,16 +216,19 @@ def test_aggregators_inside_the_decoder_change_the_visual_tokens_alone(tmp_path)
         "visual_index": visual_index,
         "positions": np.broadcast_to(np.arange(9, dtype=np.int32), (2, 9)),
         "segment_ids": np.ones((2, 9), np.int32),
-        "features": FEATURES,
+        "features": FEATURES[0],
+        "features_1": FEATURES[1],
+        "tile_regions": REGIONS,
     }
+    shown = REGIONS.reshape(4, 2, 4)
 
     def after(number, _, __, x):
         x = x.clone()
         layer = module.vision_sampler_layers[number].layers[0]
         for row, place in zip(*np.nonzero(visual_index >= 0), strict=True):
             tile, query = divmod(int(visual_index[row, place]), 4)
-            context, cells = module.look(tiles()[2 * row + tile])
-            x[row, place] = layer(x[row, place], context, cells[query])
+            context, under = module.look(tiles()[2 * row + tile], shown[2 * row + tile])
+            x[row, place] = layer(x[row, place], context, *under[query])
         return x
 
     for number, layer in enumerate((0, 2)):
@@ -217,7 +238,8 @@ def test_aggregators_inside_the_decoder_change_the_visual_tokens_alone(tmp_path)
         for row, place in zip(*np.nonzero(visual_index != -1), strict=True):
             tile, query = divmod(int(visual_index[row, place]), 4)
             row_end = visual_index[row, place] == -2
-            x[row, place] = module.image_newline if row_end else module(tiles()[2 * row + tile])[query]
+            seen = tiles()[2 * row + tile], shown[2 * row + tile]
+            x[row, place] = module.image_newline if row_end else module(*seen)[query]
         expected = llama.model(inputs_embeds=x).last_hidden_state
     hidden, gradients = hidden_and_gradients(config, params, batch)
     error = relative_error(hidden, expected)

@@ -186,7 +186,7 @@ def test_features_take_the_place_of_pixels(folder, tmp_path):
     array[:] = np.arange(8)[:, None, None] + 1
     index = {path: i for i, path in enumerate(paths)}
     array = np.load(tmp_path / "f.npy", mmap_mode="r")
-    made = loader(folder, features=(array, index))
+    made = loader(folder, features=([array], index))
     assert len(pickle.dumps(made._reader)) < 30_000
     for pixels, features in zip(loader(folder).batches(), made.batches(), strict=True):
         assert features.keys() == KEYS | {"features", "tile_mask"}
@@ -196,7 +196,7 @@ def test_features_take_the_place_of_pixels(folder, tmp_path):
             image = load_image(paths[int(features["features"][row, tile, 0, 0]) - 1])
             np.testing.assert_array_equal(pixels["pixels"][row, tile], transform(image, "letterbox", 28, VISION.mean))
     with pytest.raises(DataError, match="1 image files are missing or empty.*0.png"):
-        loader(folder, features=(array, {path: i for path, i in index.items() if "0.png" not in path}))
+        loader(folder, features=([array], {path: i for path, i in index.items() if "0.png" not in path}))
 
 
 def test_the_second_start_reads_the_cache(folder, tmp_path, monkeypatch):

@@ -12,7 +12,9 @@ import test_connectors_sva as sva
 import torch
 import transformers
 from flax.traverse_util import flatten_dict
+from greedy_helpers import check_logits_and_greedy
 from parity_log import record_parity
+from PIL import Image
 from test_vision_families import timm_tensors
 from vision_helpers import normalised
 from weights_helpers import TEXT, tokenizer_folder
@@ -23,8 +25,11 @@ from jaxvlm.weights import ImportReport, WeightsError, config_from, import_model
 from jaxvlm.weights.families import cambrian, known, prismatic, timm
 
 SIDE, PATCH = 28, 7
-PICTURE = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3)).astype(np.uint8)
-REQUEST = {"messages": [{"role": "user", "content": "<image>\nw3 w4"}], "images": [PICTURE]}
+PICTURES = [np.random.default_rng(i).integers(0, 256, (h, w, 3)).astype(np.uint8) for i, h, w in ((0, 20, 41), (1, 50, 13))]
+
+
+def request(text, *pictures):
+    return {"messages": [{"role": "user", "content": text}], "images": [PICTURES[i] for i in pictures]}
 
 
 def tower(kind, folder, seed, **settings):
@@ -38,7 +43,11 @@ def tower(kind, folder, seed, **settings):
 
 def language(**changes):
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT | {"rms_norm_eps": 1e-5} | changes)).eval()
-    return model, hf_copy.randomise(model, 7)
+    state = hf_copy.randomise(model, 7)
+    for name, value in state.items():
+        if "layers." in name and value.ndim > 1:
+            value *= 3  # or one word wins every time
+    return model, state
 
 
 def assert_same(a, b):
@@ -46,16 +55,6 @@ def assert_same(a, b):
     assert sorted(a) == sorted(b)
     for path in a:
         np.testing.assert_array_equal(np.asarray(a[path]), np.asarray(b[path]), err_msg=path)
-
-
-def logits_error(engine, place, name):
-    """Our logits against Llama's, whose embeddings `place(embeddings, prompt)` puts the image into."""
-    one = engine._prompt(REQUEST, 0)
-    with torch.no_grad():
-        want = place(one).logits[0].numpy()
-    error = np.abs(engine.logits([REQUEST]).values[0, : len(want)] - want).max() / np.abs(want).max()
-    assert error <= 2e-5
-    record_parity(name, "logits", error)
 
 
 # ------------------------------------------------------------------------------------------------------------ Prismatic
@@ -128,17 +127,22 @@ def test_prismatic_computes_what_its_code_does(parts, tmp_path):
     linear, gelu = torch.nn.functional.linear, torch.nn.functional.gelu
     w = {name: torch.tensor(value) for name, value in full["projector"].items()}
 
-    def place(one):
-        assert one.tokens[0] == 1 and (one.visual_index[1:17] == np.arange(16)).all()
-        views = (normalised(PICTURE[None], tower) for tower in config.vision.towers)
+    @torch.no_grad()
+    def oracle(tokens, visual_index, images):
+        assert tokens[0] == 1 and (visual_index[1:17] == np.arange(16)).all() and (visual_index[17:] == -1).all()
+        pixels = np.asarray(Image.fromarray(images[0]).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+        views = (normalised(pixels[None], tower) for tower in config.vision.towers)
         hidden = [m(v, output_hidden_states=True).hidden_states[-2] for m, v in zip((dino, siglip), views, strict=True)]
         x = torch.cat([hidden[0][:, 5:], hidden[1]], dim=-1)[0]
         for n in (0, 2, 4):
             x = linear(gelu(x) if n else x, w[f"projector.{n}.weight"], w[f"projector.{n}.bias"])
-        text = llama.get_input_embeddings()(torch.tensor(one.tokens).long())
-        return llama(inputs_embeds=torch.cat([text[:1], x, text[17:]])[None])
+        text = llama.get_input_embeddings()(torch.tensor(tokens).long())
+        return llama(inputs_embeds=torch.cat([text[:1], x, text[17:]])[None]).logits[0]
 
-    logits_error(load(path), place, "prismatic")
+    requests = [request("<image>\nw3 w4", 0), request("w5 w6 w7 <image>", 1)]
+    error = check_logits_and_greedy(load(path), requests, oracle)
+    assert error <= 2e-5
+    record_parity("prismatic", "logits", error)
 
 
 def test_prismatic_without_its_towers(parts, tmp_path, capsys):
@@ -204,15 +208,15 @@ def test_prismatics_quirks_are_data(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------- Cambrian
 
-NAMES = ["openai/clip-vit-large-patch14-336", "facebook/dinov2-giant-res28"]
+NAMES = ["openai/clip-vit-large-patch14-336", "facebook/dinov2-giant-res42-interp64"]
 CAMBRIAN = {
     "model_type": "cambrian_llama",
     "mm_projector_type": "sva",
     "mm_vision_tower_aux_list": NAMES,
-    "mm_vision_tower_aux_token_len_list": [4, 16],
+    "mm_vision_tower_aux_token_len_list": [16, 64],
     "mm_vision_select_layer": -2,
-    "image_token_len": 4,
-    "query_num_list": [4],
+    "image_token_len": 16,
+    "query_num_list": [16],
     "num_query_group": 1,
     "vision_hidden_size": sva.W,
     "connector_depth": 2,
@@ -246,53 +250,90 @@ def cambrian_folder(monkeypatch, tmp_path):
     return folder, f"{tmp_path / 'clip'},{tmp_path / 'dino'}", (clip, dino, llama, module, set(own))
 
 
+def shown(picture, side):
+    """The rows and columns (top, bottom, left, right) of a grid that Cambrian does not take for padding."""
+    height, width = picture.shape[:2]
+    bars = [0, 0]
+    bars[width < height] = (side - int(min(width, height) * (side / max(width, height)))) // 2
+    return bars[0], side - bars[0], bars[1], side - bars[1]
+
+
+def padded(picture, size, mean):
+    """The picture in the middle of a square of the mean colour, then resized."""
+    height, width = picture.shape[:2]
+    side = max(height, width)
+    square = Image.new("RGB", (side, side), tuple(int(value * 255) for value in mean))
+    square.paste(Image.fromarray(picture), ((side - width) // 2, (side - height) // 2))
+    return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))
+
+
 def test_cambrian_computes_what_its_code_does(cambrian_folder, tmp_path):
-    """CLIP's second-to-last layer resized, DINOv2's normed last one, the aggregator, row ends, and it in the decoder."""
+    """CLIP's second-to-last layer, DINOv2's normed last one resized, the aggregator, row ends, and it in the decoder; bars
+    that the aggregator does not see and the decoder does not get.
+    """
     folder, towers, (clip, dino, llama, module, names) = cambrian_folder
     config = config_from(folder)[1]
     assert [t.feature_layers for t in config.vision.towers] == [(-2,), (-1,)]
-    assert [t.resized_grid for t in config.vision.towers] == [2, 0] and config.vision.towers[1].feature_norm
+    assert [t.resized_grid for t in config.vision.towers] == [0, 8] and config.vision.towers[1].feature_norm
     assert config.connector.sva.llm_layers == (0, 2) and config.connector.row_end
-    with pytest.raises(WeightsError, match="names it: 'openai/clip-vit-large-patch14-336,facebook/dinov2-giant-res28'"):
+    with pytest.raises(WeightsError, match="names it: 'openai/clip-vit-large-patch14-336,facebook/dinov2-giant-res42"):
         import_model(folder)
     report = ImportReport()
     config, prompt, params = load_any(folder, vision=towers, report=report)
     assert names <= {name for name, *_ in report.mapped}
     assert {parameter for _, parameter, _ in report.mapped} == set(flatten_dict(params, sep="/"))
-    assert (prompt.transform, prompt.layout) == ("letterbox", "llava")
+    assert (prompt.transform, prompt.layout) == ("letterbox_unpad", "llava")
 
-    views = [normalised(PICTURE[None], t) for t in config.vision.towers]
-
-    def place(one):
+    def look(picture):
+        """What stands in the sequence for a picture: of each token its value, context and cells; of a row end its value."""
+        views = [normalised(padded(picture, t.image_size, t.mean)[None], t) for t in config.vision.towers]
+        grid = dino(views[1]).last_hidden_state[:, 1:].reshape(1, 6, 6, 10).permute(0, 3, 1, 2)
+        grid = torch.nn.functional.interpolate(grid, (8, 8), mode="bilinear", align_corners=False)
         first = clip(views[0], output_hidden_states=True).hidden_states[-2][0, 1:]
-        grid = first.reshape(1, 4, 4, 6).permute(0, 3, 1, 2)
-        grid = torch.nn.functional.interpolate(grid, (2, 2), mode="bilinear", align_corners=False)
-        tile = [grid.permute(0, 2, 3, 1).reshape(4, 6), dino(views[1]).last_hidden_state[0, 1:]]
-        tokens, (context, cells) = module(tile), module.look(tile)
-        x = llama.get_input_embeddings()(torch.tensor(one.tokens).long())
-        places = np.flatnonzero(one.visual_index >= 0)
-        assert one.visual_index[places].tolist() == [0, 1, 2, 3] and (one.visual_index == -2).sum() == 2
-        x[places], x[one.visual_index == -2] = tokens, module.image_newline
+        tile = [first, grid.permute(0, 2, 3, 1).reshape(64, 10)]
+        how = [shown(picture, 4), shown(picture, 8)], 4
+        tokens, (context, under) = module(tile, *how), module.look(tile, *how)
+        found, (top, bottom, left, right) = [], how[0][0]
+        for row in range(top, bottom):
+            found += [(tokens[n], context, under[n]) for n in range(4 * row + left, 4 * row + right)]
+            found.append((module.image_newline, None, None))
+        return found
+
+    with torch.no_grad():
+        looked = {picture.shape: look(picture) for picture in PICTURES}
+
+    @torch.no_grad()
+    def oracle(ids, visual_index, images):
+        tokens = [token for picture in images for token in looked[picture.shape]]
+        places = np.flatnonzero(visual_index != -1).tolist()
+        x = llama.get_input_embeddings()(torch.tensor(ids).long())
+        x[places] = torch.stack([value for value, *_ in tokens])
 
         def after(number):
             layer = module.vision_sampler_layers[number].layers[0]
 
             def run(_, __, hidden):
                 hidden = hidden.clone()
-                for query, at in enumerate(places):
-                    hidden[0, at] = layer(hidden[0, at], context, cells[query])
+                for at, (_, context, cells) in zip(places, tokens, strict=True):
+                    if context is not None:
+                        hidden[0, at] = layer(hidden[0, at], context, *cells)
                 return hidden
 
             return run
 
         hooks = [llama.model.layers[at].register_forward_hook(after(n)) for n, at in enumerate((0, 2))]
-        out = llama(inputs_embeds=x[None])
+        out = llama(inputs_embeds=x[None]).logits[0]
         for hook in hooks:
             hook.remove()
         return out
 
     assert main(["import", str(folder), str(tmp_path / "out"), "--vision", towers, "--template", "vicuna_v1"]) == 0
-    logits_error(load(tmp_path / "out"), place, "cambrian")
+    engine = load(tmp_path / "out")
+    requests = [request("<image>\nw3 w4", 0), request("w9 <image> w5 w6 <image> w7", 1, 0)]
+    assert [len(plan.index) for plan in engine._prompt(requests[1], 0).plans] == [4 * 3, 2 * 5]
+    error = check_logits_and_greedy(engine, requests, oracle)
+    assert error <= 2e-5
+    record_parity("cambrian", "logits", error)
 
 
 def test_cambrians_own_towers(tmp_path):
@@ -309,7 +350,10 @@ def test_cambrians_own_towers(tmp_path):
     assert [t.image_size for t in config.vision.towers] == [384, 336, 378, 1024]
     assert [t.feature_norm for t in config.vision.towers] == [True, False, True, False]
     assert config.vision.towers[0].activation == "gelu_erf" and config.tile_tokens == 576
+    assert config.vision.towers[0].fill == config.vision.towers[3].mean != config.vision.towers[0].mean
     assert prompt_from(tmp_path).template == "cambrian_llama_3"
+    (tmp_path / "config.json").write_text(json.dumps(TEXT | given | {"vocab_size": 64000}))
+    assert prompt_from(tmp_path).template == "cambrian_chatml"
     (tmp_path / "config.json").write_text(json.dumps(TEXT | given | {"mm_vision_tower_aux_list": ["sam"] * 4}))
     with pytest.raises(WeightsError, match="the vision tower 'sam' is not supported"):
         config_from(tmp_path)

@@ -13,7 +13,7 @@ from PIL import Image
 from jaxvlm.config import ConnectorConfig, ModelConfig, PromptConfig, SVAConfig, VisionConfig
 from jaxvlm.data import DataError
 from jaxvlm.data.image import image_size, load_image, tiles, transform
-from jaxvlm.data.tiles import GRIDS, best_grid, image_plan, image_plans, image_tiles, tiling
+from jaxvlm.data.tiles import GRIDS, best_grid, image_plan, image_plans, image_tiles, tile_regions, tiling
 
 MEAN = VisionConfig().mean
 SIZES = st.tuples(st.integers(1, 3000), st.integers(1, 3000))
@@ -192,11 +192,83 @@ def test_hd_chooses_as_the_paper_says():
     np.testing.assert_array_equal(np.concatenate(found[1:], axis=1), large)
 
 
+# ---------------------------------------- letterbox_unpad
+
+
+def cambrian_shown(width, height, side):
+    """Cambrian's rule for a grid over an image that was padded to a square, in the order of its divisions."""
+    shown = np.ones((side, side), bool)
+    wide = width / height > 1
+    content = int(height * (side / width)) if wide else int(width * (side / height))
+    bar = (side - content) // 2
+    if bar > 0:
+        rows = shown if wide else shown.T
+        rows[:bar] = rows[-bar:] = False
+    return shown
+
+
+@given(SIZES)
+@example((49, 49))
+@example((1000, 999))
+@example((10, 300))
+@example((2000, 80))
+@example((3, 3000))
+def test_bars_are_left_out_as_in_cambrian(size):
+    """The tokens of a sequence, and what of each tower's grid an aggregator may look at."""
+    towers = tuple(VisionConfig(image_size=14 * side) for side in (24, 96))
+    sva = ConnectorConfig(kind="sva", row_end=True, sva=SVAConfig(grid=24))
+    cut = tiling(ModelConfig(VisionConfig(kind="fused", towers=towers), sva), PromptConfig(transform="letterbox_unpad"))
+    plan = image_plan(cut, *size)
+    shown = cambrian_shown(*size, 24)
+    if max(size) / min(size) > 24:  # nothing is left: Cambrian fails
+        assert not shown.any() and len(plan.index) == (2 * 25 if size[0] > size[1] else 24 * 3)
+        return
+    numbers = np.where(shown, np.arange(576).reshape(24, 24), -1)[shown.any(1)][:, shown.any(0)]
+    assert plan.index.tolist() == np.pad(numbers, [(0, 0), (0, 1)], constant_values=-2).reshape(-1).tolist()
+    assert plan.tiles == 1 and plan.regions.shape == (1, 2, 4)
+    for (top, bottom, left, right), side in zip(plan.regions[0], (24, 96), strict=True):
+        found = np.zeros((side, side), bool)
+        found[top:bottom, left:right] = True
+        np.testing.assert_array_equal(found, cambrian_shown(*size, side))
+
+
+def test_bars_are_left_out_of_any_grid():
+    """Without an aggregator, row ends or other images; the pixels are those of `letterbox`."""
+    cut = made("letterbox_unpad", side=4, patch=6, row_end=False, tile_several=False)
+    plan, other = image_plans(cut, [(40, 20), (20, 40)])
+    assert plan.index.tolist() == list(range(4, 12)) and other.index.tolist() == [i for i in range(16) if i % 4 in (1, 2)]
+    assert tile_regions(cut, [plan], 3) == {} and not cut.tiled and cut.sized
+    (found,) = image_tiles(picture(40, 20), cut, plan)
+    np.testing.assert_array_equal(found[0], transform(picture(40, 20), "letterbox", 24, MEAN))
+    with pytest.raises(DataError, match=r"has \(20, 40\) pixels, but its header said \(40, 20\)"):
+        image_tiles(picture(20, 40), cut, plan)
+
+
+def test_regions_stand_in_the_tiles_slots():
+    sva = ModelConfig(
+        VisionConfig(kind="fused", towers=(VisionConfig(image_size=56),) * 2),
+        ConnectorConfig(kind="sva", sva=SVAConfig(grid=4)),
+    )
+    cut = tiling(sva, PromptConfig(transform="letterbox_unpad"))
+    plans = image_plans(cut, [(40, 20), (20, 40)])
+    found = tile_regions(cut, plans, 3)["tile_regions"]
+    assert found.dtype == np.int32 and found[:, 0].tolist() == [[1, 3, 0, 4], [0, 4, 1, 3], [0] * 4]
+    assert tile_regions(cut, [], 1)["tile_regions"].tolist() == [[[0] * 4] * 2]
+    assert tiling(sva, PromptConfig(transform="letterbox")).cells == ()
+
+
+def test_bars_have_the_towers_own_colour():
+    tower = VisionConfig(image_size=24, patch_size=6, mean=(0.5,) * 3, fill=(1.0, 0.0, 0.0))
+    cut = tiling(ModelConfig(tower), PromptConfig(transform="letterbox"))
+    (view,) = image_tiles(picture(40, 20), cut, image_plan(cut, 40, 20))
+    assert (view[0, 0] == [255, 0, 0]).all()
+
+
 # ---------------------------------------- single tiles, towers, refusals
 
 
 def test_a_fixed_grid_may_end_its_rows():
-    """Cambrian: 24 x 24 tokens and 24 row ends; without the token, what it always was."""
+    """24 x 24 tokens and 24 row ends; without the token, what it always was."""
     model = ModelConfig(connector=ConnectorConfig(kind="sva", row_end=True, sva=SVAConfig(grid=24)))
     index = image_plan(tiling(model, PromptConfig()), 5, 7).index.reshape(24, 25)
     assert (index[:, -1] == -2).all() and index[:, :-1].reshape(-1).tolist() == list(range(576))
@@ -231,7 +303,9 @@ def test_what_cannot_be_tiled_is_refused():
         (ModelConfig(connector=ConnectorConfig(kind="resampler", row_end=True)), {}, "row_end needs"),
         (ModelConfig(), dict(transform="anyres", grids=((0, 2),)), r"prompt.grids are \(rows, columns\)"),
         (ModelConfig(), dict(transform="anyres", truncation="before_splice"), "choose 'after_splice'"),
-        (ModelConfig(), dict(transform="tile"), "no image transform 'tile'; .*letterbox, anyres, hd"),
+        (ModelConfig(), dict(transform="tile"), "no image transform 'tile'; .*letterbox, letterbox_unpad, anyres, hd"),
+        (ModelConfig(), dict(transform="letterbox_unpad", truncation="before_splice"), "choose 'after_splice'"),
+        (ModelConfig(connector=ConnectorConfig(kind="resampler")), dict(transform="letterbox_unpad"), "needs visual"),
     ):
         with pytest.raises(DataError, match=words):
             tiling(model, PromptConfig(**prompt))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 
 import hf_copy
 import jax
@@ -12,7 +12,15 @@ import tiny
 from parity_log import record_parity
 from PIL import Image
 
-from jaxvlm.config import ConfigError, ConnectorConfig, DataConfig, PromptConfig, SourceConfig, VisionConfig
+from jaxvlm.config import (
+    ConfigError,
+    ConnectorConfig,
+    DataConfig,
+    PromptConfig,
+    SourceConfig,
+    SVAConfig,
+    VisionConfig,
+)
 from jaxvlm.data.assets import llava_json, toy
 from jaxvlm.data.loader import Loader
 from jaxvlm.data.tokenizer import Tokenizer
@@ -83,8 +91,8 @@ def test_logits_and_greedy_tokens_are_transformers(world, tmp_path, make):
     hf_copy.randomise(model.eval(), seed=3)
     model.save_pretrained(tmp_path)
     config, params = import_model(tmp_path)
-    config = dataclasses.replace(config, dtype="float32")
-    prompt = dataclasses.replace(prompt_from(tmp_path), tokenizer=str(world / "tokenizer"), template="vicuna_v1")
+    config = replace(config, dtype="float32")
+    prompt = replace(prompt_from(tmp_path), tokenizer=str(world / "tokenizer"), template="vicuna_v1")
     engine = Engine(config, prompt, params)
     module = importlib.import_module(f"transformers.models.{module}")
     size = {"height": SIZE, "width": SIZE} if make is llava_onevision else {"shortest_edge": SIZE}
@@ -118,52 +126,66 @@ def test_logits_and_greedy_tokens_are_transformers(world, tmp_path, make):
     record_parity(model.config.model_type, "logits", worst)
 
 
-def test_tiles_and_row_ends_train(world):
-    """The row end learns, packed rows teach what single ones do, and kept features of tiles what pixels do."""
+TOWER = VisionConfig(image_size=SIZE, patch_size=14, width=32, depth=3, num_heads=4, mlp_dim=64)
+SVA = SVAConfig(width=32, num_heads=4, depth=1, grid=4, llm_layers=(0,))
+SMALL = replace(TOWER, patch_size=7, width=16, depth=2)
+SEVERAL = VisionConfig(kind="fused", towers=(SMALL, replace(SMALL, image_size=56)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "prompt", "slots"),
+    [
+        ({"vision": TOWER, "connector": ConnectorConfig("linear", row_end=True)}, {"transform": "anyres"}, 14),
+        (
+            {"vision": SEVERAL, "connector": ConnectorConfig("sva", row_end=True, sva=SVA)},
+            {"transform": "letterbox_unpad"},
+            2,
+        ),
+    ],
+)
+def test_tiles_and_row_ends_train(world, settings, prompt, slots):
+    """The row end learns, and packed rows with kept features of tiles teach what single ones with pixels do."""
     from jaxvlm.train.features import cached_features
 
-    tower = VisionConfig(image_size=SIZE, patch_size=14, width=32, depth=3, num_heads=4, mlp_dim=64)
-    model = tiny.model_config(vision=tower, connector=ConnectorConfig("linear", row_end=True))
+    model = tiny.model_config(**settings)
     turns = [[("<image>\nWhat colour is it?", "red " * (1 + i))] for i in range(4)]
     records = [llava_json.record(f"{i}", f"{i % 3}.png", turns[i]) for i in range(4)]
     llava_json.write_json(world / "data.json", records)
-    prompt = PromptConfig(str(world / "tokenizer"), "vicuna_v1", "anyres", max_tiles=1, length=256)
+    prompt = PromptConfig(str(world / "tokenizer"), "vicuna_v1", max_tiles=1, length=256, **prompt)
     source = SourceConfig(path=str(world / "data.json"), images=str(world))
     params = hf_copy.random_params(model)
 
-    def loss(packing, batch_size, features=None):
-        settings = DataConfig(sources=(source,), packing=packing, tiles_per_row=14 if packing else 6)
-        loader = Loader(settings, prompt, model, batch_size=batch_size, seed=0, steps=1, features=features)
-        (batch,) = loader.batches()
+    @jax.jit
+    def run(params, batch):
         weights = batch["loss_weights"] / batch["loss_weights"].sum()
 
-        @jax.jit
-        def run(params, batch):
-            def loss(connector):
-                return loss_sums(VLM(model), params | {"connector": connector}, batch, weights, 1)[0]
+        def loss(connector):
+            return loss_sums(VLM(model), params | {"connector": connector}, batch, weights, 1)[0]
 
-            return jax.value_and_grad(loss)(params["connector"])
+        return jax.value_and_grad(loss)(params["connector"])
 
+    def loss(packing, batch_size, features=None):
+        settings = DataConfig(sources=(source,), packing=packing, tiles_per_row=slots if packing else 6)
+        loader = Loader(settings, prompt, model, batch_size=batch_size, seed=0, steps=1, features=features)
+        (batch,) = loader.batches()
+        assert ("tile_regions" in batch) == (model.connector.kind == "sva")
         return loader, *run(params, batch)
 
     loader, single, gradient = loss(False, 4)
     assert np.abs(gradient["newline"]).max() > 1e-4
-    table = cached_features(model, params["vision"], loader.image_paths(), prompt, world / "features", batch_size=4)
-    assert len(table[0]) == sum(plan.tiles for plan in (Engine(model, prompt, params)._plans([p])[0] for p in table[1]))
-    for value, again in (loss(True, 2)[1:], loss(True, 2, table)[1:]):
-        np.testing.assert_allclose(value, single, rtol=1e-5)
-        np.testing.assert_allclose(again["newline"], gradient["newline"], rtol=1e-3, atol=1e-6)
+    tables, rows = cached_features(
+        model, params["vision"], loader.image_paths(), prompt, world / "features", batch_size=4
+    )
+    tiles = sum(plan.tiles for plan in (Engine(model, prompt, params)._plans([p])[0] for p in rows))
+    assert [len(table) for table in tables] == [tiles] * (2 if model.connector.kind == "sva" else 1)
+    _, value, again = loss(True, 2, (tables, rows))
+    np.testing.assert_allclose(value, single, rtol=1e-5)
+    np.testing.assert_allclose(again["newline"], gradient["newline"], rtol=1e-3, atol=1e-6)
 
 
 def test_features_that_cannot_be_kept_are_refused(tmp_path):
     from jaxvlm.train.features import cached_features
 
-    model = tiny.model_config()
     several = PromptConfig(transform="anyres", tile_several=False)
-    sva = dataclasses.replace(model, connector=ConnectorConfig("sva"))
-    for config, prompt, words in (
-        (model, several, "prompt.tile_several = False"),
-        (sva, PromptConfig(), "'sva' takes one"),
-    ):
-        with pytest.raises(ConfigError, match=words):
-            cached_features(config, {}, [], prompt, tmp_path)
+    with pytest.raises(ConfigError, match="prompt.tile_several = False"):
+        cached_features(tiny.model_config(), {}, [], several, tmp_path)

@@ -140,18 +140,7 @@ def test_impossible_towers_are_explained(vision, says):
 
 
 def test_cost_of_a_tile():
-    """Against timm's published multiply-adds, which differ in what they leave out by less than 1 %."""
-    published = {
-        "vit_large_patch14_clip_336": 191.1,
-        "vit_base_patch16_224": 17.6,
-        "vit_giant_patch14_dinov2": 1784.2,
-        "vit_large_patch14_reg4_dinov2": 508.9,
-        "convnext_tiny": 4.47,
-        "convnext_xxlarge.clip_laion2b_soup": 198.1,
-    }
-    for name, billions in published.items():
-        config = replace(timm_config(name), feature_layers=(-1,))
-        assert vision_flops(config) / 2e9 == pytest.approx(billions, rel=0.01), name
+    """What towers, scales and feature layers do to it; the figures themselves are in test_flops."""
     clip, siglip = timm_config("vit_large_patch14_clip_336"), timm_config("vit_so400m_patch14_siglip_384")
     assert vision_flops(replace(clip, scales=(1, 2, 3))) == 14 * vision_flops(clip)
     fused = VisionConfig(kind="fused", towers=(clip, siglip))

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from greedy_helpers import check_logits_and_greedy
 from parity_log import record_parity
 from weights_helpers import TEXT, VISION, saver, tokenizer_folder
 
@@ -177,33 +178,38 @@ def test_llava_1_6_holds_its_tower(saved, tower, tmp_path):
 
 
 def test_llava_1_computes_what_its_code_does(saved, tower, tmp_path):
-    """One linear layer, an old torch file; logits against CLIP, Linear and Llama put together by hand in torch."""
+    """One linear layer, an old torch file; logits and greedy answers against CLIP, Linear and Llama put together in torch."""
     tensors = saved("llava")[1]
     own = {n: v for n, v in without_tower(tensors).items() if ".mm_projector." not in n}
     rng = np.random.default_rng(0)
     own["model.mm_projector.weight"] = rng.normal(size=(32, 24), scale=0.2).astype(np.float32)
     own["model.mm_projector.bias"] = rng.normal(size=32).astype(np.float32)
+    for name in own:
+        if "layers" in name or "lm_head" in name:
+            own[name] = own[name] / 4  # as drawn, one word wins every time
     path = write_own(tmp_path / "own", own, tower, torch_file=True)
     engine = load(path)
     assert engine.config.connector.kind == "linear" and engine.prompt.transform == "crop"
-    picture = rng.integers(0, 256, (28, 28, 3), dtype=np.uint8)
-    request = {"messages": [{"role": "user", "content": "<image>\nw3 w4"}], "images": [picture]}
+    pictures = [rng.integers(0, 256, (28, 28, 3), dtype=np.uint8) for _ in range(3)]
+    said = ("<image>\nw3 w4", pictures[:1]), ("w5 <image> or <image> w6?", pictures[1:])
+    requests = [{"messages": [{"role": "user", "content": text}], "images": images} for text, images in said]
 
     clip = transformers.CLIPVisionModel.from_pretrained(tower, local_files_only=True)
     llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT))
     state = {n: torch.tensor(v) for n, v in own.items() if "mm_projector" not in n}
     llama.load_state_dict(state)
     vision = engine.config.vision
-    pixels = (picture / 255 - np.array(vision.mean)) / np.array(vision.std)
-    one = engine._prompt(request, 0)
-    with torch.no_grad():
-        hidden = clip(torch.tensor(pixels.transpose(2, 0, 1)[None]).float(), output_hidden_states=True).hidden_states
+
+    @torch.no_grad()
+    def oracle(tokens, visual_index, images):
+        pixels = (np.stack(images) / 255 - np.array(vision.mean)) / np.array(vision.std)
+        hidden = clip(torch.tensor(pixels.transpose(0, 3, 1, 2)).float(), output_hidden_states=True).hidden_states
         weight, bias = (torch.tensor(own[f"model.mm_projector.{n}"]) for n in ("weight", "bias"))
-        patches = torch.nn.functional.linear(hidden[-2][:, 1:], weight, bias)[0]
-        x = llama.get_input_embeddings()(torch.tensor(one.tokens).long())
-        x[torch.tensor(one.visual_index >= 0)] = patches
-        want = llama(inputs_embeds=x[None]).logits[0].numpy()
-    error = np.abs(engine.logits([request]).values[0, : len(want)] - want).max() / np.abs(want).max()
+        x = llama.get_input_embeddings()(torch.tensor(tokens).long())
+        x[torch.tensor(visual_index >= 0)] = torch.nn.functional.linear(hidden[-2][:, 1:], weight, bias).flatten(0, 1)
+        return llama(inputs_embeds=x[None]).logits[0]
+
+    error = check_logits_and_greedy(engine, requests, oracle)
     assert error <= 2e-5
     record_parity("llava-original", "logits", error)
 

@@ -92,6 +92,14 @@ _LLAMA_3 = Template(
 )
 _BLIP2 = Template(user="", ask="", lead=" ", end="\n", strip=("user", "assistant"), style="bare")
 
+_CAMBRIAN = (
+    "You are Cambrian, a highly intelligent multimodal AI trained by NYU Vision X.",
+    "As a multimodal AI, you have the ability to process and analyze images. Whenever an image is present in the "
+    "conversation, very carefully examine it and consider its content when formulating your response.",
+    "You should give concise responses to very simple questions, but provide thorough responses to more complex "
+    "and open-ended questions.",
+)
+
 
 TEMPLATES = {
     "vicuna_v1": _VICUNA,
@@ -114,6 +122,8 @@ TEMPLATES = {
         specials=("<|im_start|>", "<|im_end|>"),
     ),
     "plain": Template(user="", ask="", lead="", end="\n", style="plain"),
+    # Prismatic's captions end with the end of sequence.
+    "plain_eos": Template(user="", ask="", lead="", end="{eos}", style="plain", strip=("assistant",), specials=("{eos}",)),
     "prism": Template(
         user="In: ",
         ask="\nOut:",
@@ -148,11 +158,18 @@ TEMPLATES = {
         user="<|start_header_id|>user<|end_header_id|>",
         ask="<|eot_id|><|start_header_id|>assistant<|end_header_id|>",
         system_format="<|start_header_id|>system<|end_header_id|>{}<|eot_id|>",
-        system="You are Cambrian, a highly intelligent multimodal AI trained by NYU Vision X. \n"
-        "    As a multimodal AI, you have the ability to process and analyze images. Whenever an image is present in the "
-        "conversation, very carefully examine it and consider its content when formulating your response.\n"
-        "    You should give concise responses to very simple questions, but provide thorough responses to more complex "
-        "and open-ended questions. ",
+        system="{} \n    {}\n    {} ".format(*_CAMBRIAN),
+    ),
+    # Nothing stands between its turns.
+    "cambrian_chatml": Template(
+        user="<|im_start|>user\n",
+        ask="<|im_end|><|im_start|>assistant\n",
+        lead="",
+        end="<|im_end|>",
+        system_format="<|im_start|>system\n{}<|im_end|>",
+        strip=("assistant",),
+        specials=("<|im_start|>", "<|im_end|>"),
+        system=" ".join(_CAMBRIAN),
     ),
 }
 
@@ -215,7 +232,7 @@ def render(
     system, turns = _turns(conversations, style, template, name)
     if style.style == "plain" and len(turns) > 2:
         raise DataError(
-            f"{name}: the template 'plain' holds one caption, not {len(turns)} turns; use another template."
+            f"{name}: the template {template!r} holds one caption, not {len(turns)} turns; use another template."
         )
     out = _Writer()
     out.frame(style.start)

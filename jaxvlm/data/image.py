@@ -166,6 +166,7 @@ TRANSFORMS: dict[str, tuple[int, Callable[[Image.Image, int, Sequence[float]], I
     "naive": (1, naive),
     "crop": (1, crop),
     "letterbox": (1, letterbox),
+    "letterbox_unpad": (1, letterbox),  # the same pixels; `data.tiles` leaves the bars' tokens out
 }
 
 

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -41,10 +41,10 @@ class Loader:
 
     `batch_size` rows make a global batch; this process gets rows `p * B / n` to `(p + 1) * B / n` of each.
     The run ends after `steps`, or after `epochs` (a fraction is the first part of an epoch; default 1).
-    `features` is an array [n, N, Dv] (a memmap for choice) with a mapping from absolute image paths to the row
-    of their first tile; batches then carry 'features' [B, T, N, Dv] in place of 'pixels' uint8 [B, T, H, W, 3].
-    Where the connector reads the instruction they also carry 'qformer_tokens' int32 and 'qformer_mask' bool [B, T, L].
-    If no record has an image, all of these and 'tile_mask' are left out.
+    `features` are arrays [n, N, Dv] (memmaps for choice), one or one for each tower, with a mapping from absolute
+    image paths to the row of their first tile; batches then carry 'features' [B, T, N, Dv], 'features_1', ... in
+    place of 'pixels' uint8 [B, T, H, W, 3]. Where the connector reads the instruction they also carry 'qformer_tokens'
+    int32 and 'qformer_mask' bool [B, T, L]. If no record has an image, all of these and 'tile_mask' are left out.
 
     Raises `DataError` for records that cannot be used, unless `data.bad_records` is 'skip': they are then listed in the
     file `skipped_path`, one JSON line each with the reason, and images that turn out to be broken later in `broken_path`.
@@ -62,7 +62,7 @@ class Loader:
         epochs: float | None = None,
         process_index: int = 0,
         process_count: int = 1,
-        features: tuple[np.ndarray, Mapping[str, int]] | None = None,
+        features: tuple[Sequence[np.ndarray], Mapping[str, int]] | None = None,
         tokenizer: Tokenizer | None = None,
         cache_dir: str | os.PathLike | None = None,
         skipped_path: str | os.PathLike | None = None,

@@ -29,7 +29,7 @@ from jaxvlm.data.table import (
     table_plans,
     table_spliced,
 )
-from jaxvlm.data.tiles import ImagePlan, image_tiles, pixel_names
+from jaxvlm.data.tiles import ImagePlan, image_tiles, tile_regions, tower_names
 
 
 class Plan(NamedTuple):
@@ -70,14 +70,14 @@ class RowReader:
     sources: Sequence[Source]
     splicing: Splicing
     broken: BrokenImages | None  # where images that cannot be decoded are written down; None: they raise
-    features: tuple[np.ndarray, Mapping[str, int]] | None
+    features: tuple[Sequence[np.ndarray], Mapping[str, int]] | None
     qformer_length: int = 0  # L; 0: the connector reads no instructions
 
     def __post_init__(self):
         self.feature_rows = None
         if self.features is not None:
-            array, index = self.features
-            self.features = _file_of(array)
+            arrays, index = self.features
+            self.features = [_file_of(array) for array in arrays]
             self.feature_rows = [
                 np.asarray(
                     [index.get(image_address(source, name), -1) for name in open_table(table).image_names], np.int64
@@ -121,18 +121,22 @@ class RowReader:
     def _tiles(
         self, images: list[tuple[int, int, int, ImagePlan]], arrays: dict, places: list[tuple[int, int]]
     ) -> dict[str, np.ndarray]:
-        """The tile slots of a row: 'pixels' [T, H, W, 3] or 'features' [T, N, Dv], and 'tile_mask' [T]."""
+        """The tile slots of a row: 'pixels' [T, H, W, 3] or 'features' [T, N, Dv], of several towers one each, 'tile_mask'
+        [T], and for some 'tile_regions' (see `tiles.tile_regions`).
+        """
         slots, tiling = self.splicing.tiles_per_row, self.splicing.tiling
         mask = np.arange(slots) < sum(plan.tiles for *_, plan in images)
+        rest = {"tile_mask": mask} | tile_regions(tiling, [plan for *_, plan in images], slots)
         tile = 0
         if self.features is not None:
-            array = _features(self.features)
-            tiles = np.zeros((slots, *array.shape[1:]), array.dtype)
+            arrays = [_features(array) for array in self.features]
+            made = [np.zeros((slots, *array.shape[1:]), array.dtype) for array in arrays]
             for _, source, name, plan in images:
                 first = self.feature_rows[source][name]
-                tiles[tile : tile + plan.tiles] = array[first : first + plan.tiles]
+                for tiles, array in zip(made, arrays, strict=True):
+                    tiles[tile : tile + plan.tiles] = array[first : first + plan.tiles]
                 tile += plan.tiles
-            return {"features": tiles, "tile_mask": mask}
+            return dict(zip(tower_names("features", len(made)), made, strict=True)) | rest
         made = [np.zeros((slots, size, size, 3), np.uint8) for size, _ in tiling.views]
         for segment, source, name, plan in images:
             held_by, called = self.sources[source], open_table(self.tables[source]).image_names[name]
@@ -149,7 +153,7 @@ class RowReader:
                 self.broken.add(self._place(*places[segment - 1]) | {"reason": str(error), "image": path})
                 arrays["loss_weights"][arrays["segment_ids"] == segment] = 0.0
             tile += plan.tiles
-        return dict(zip(pixel_names(len(made)), made, strict=True)) | {"tile_mask": mask}
+        return dict(zip(tower_names("pixels", len(made)), made, strict=True)) | rest
 
     def _place(self, source: int, row: int) -> dict:
         table = open_table(self.tables[source])
@@ -163,8 +167,8 @@ def _file_of(array: np.ndarray) -> np.ndarray | tuple:
     return array
 
 
-def _features(features: np.ndarray | tuple) -> np.ndarray:
-    return _reopened(features) if isinstance(features, tuple) else features
+def _features(array: np.ndarray | tuple) -> np.ndarray:
+    return _reopened(array) if isinstance(array, tuple) else array
 
 
 @functools.lru_cache(maxsize=8)

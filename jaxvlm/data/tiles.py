@@ -1,7 +1,7 @@
 """Images of any size: which grid of tiles an image gets, and where its visual tokens stand.
 
 A transform that tiles shows an image to the tower several times: once whole, and once in pieces that are cut from an
-enlarged copy. `anyres` is LLaVA-NeXT's (v1.6) as Hugging Face computes it, `hd` is LLaVA-1.5-HD's (Liu et al. 2024,
+enlarged copy. `letterbox_unpad` (Cambrian, recipes §1.1 A7) shows it once. `anyres` is LLaVA-NeXT's (v1.6) as Hugging Face computes it, `hd` is LLaVA-1.5-HD's (Liu et al. 2024,
 App. A.1; recipes §1.1 A4). The pieces' tokens are put together to one large map, what shows only padding is taken
 out, and each row may end with a learned token. All of that is indices, computed here on the host from the image's
 size alone: `image_plan` is what the packer, the splice and the engine count with.
@@ -11,6 +11,8 @@ Where the sources differ:
 - The whole view is `naive` in `anyres` (both codes squash it) and `letterbox` in `hd`, whose paper does not say.
 - `hd` takes out the cells that show padding alone, as the paper says; `anyres` rounds.
 - A single tile's rows all end with the token in Cambrian, only its last one in LLaVA-NeXT: the transform decides.
+- `letterbox_unpad` keeps int(x) cells of the short side, as Cambrian in training (there by attention masks) and in answers.
+  Of an image so thin that this is none its code fails; here the two cells in the middle stay.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from jaxvlm.data import DataError
 from jaxvlm.data.image import TILED, fit, tiles, transform, transform_version
 
 ROW_END = -2  # in a visual index: the learned row-end token
+UNPADDED = "letterbox_unpad"
 WHOLE = np.float32([1, 0, 0, 0])  # the shares of a token that is no mean
 
 # The grids of tiles, (rows, columns), in the order in which ties are decided.
@@ -43,11 +46,12 @@ class ImagePlan(NamedTuple):
 
     tiles: int
     grid: tuple[int, int] | None  # rows and columns of tiles after the whole view; None for a single tile
-    size: tuple[int, int] | None  # (width, height) that the grid was chosen for
+    size: tuple[int, int] | None  # (width, height) of the image, if the plan depends on it
     index: np.ndarray  # int32 [n], tile * P + patch, counted from the image's first tile; ROW_END
     # Where a map is scaled down, a token is a mean of four: their indices, and weights that sum to 1.
     corners: np.ndarray | None = None  # int32 [n, 4]
     shares: np.ndarray | None = None  # float32 [n, 4]
+    regions: np.ndarray | None = None  # int32 [tiles, towers, 4], what an aggregator may look at: see `Tiling.cells`
 
 
 @dataclass(frozen=True)
@@ -55,29 +59,38 @@ class Tiling:
     """All that decides an image's tiles and visual tokens, apart from its size."""
 
     transform: str
-    views: tuple[tuple[int, tuple[float, ...]], ...]  # (pixels on a side, mean colour) of each array of pixels
+    views: tuple[tuple[int, tuple[float, ...]], ...]  # (pixels on a side, colour of bars) of each array of pixels
     tile_tokens: int  # P
     side: int  # cells on a side of a tile's grid of tokens; 0: the tokens are no grid
     row_end: bool = False
     grids: tuple[tuple[int, int], ...] = ()
     max_tiles: int = 0
     tile_several: bool = True
+    # Cells on a side of each tower's grid of which an aggregator may see the image's region alone, its rows and columns
+    # (top, bottom, left, right); (): all of it may be seen.
+    cells: tuple[int, ...] = ()
+
+    @property
+    def tiled(self) -> bool:
+        """Whether an image may become several tiles."""
+        return self.transform in TILED
 
     @property
     def sized(self) -> bool:
         """Whether an image's plan depends on its size."""
-        return self.transform in TILED
+        return self.tiled or self.transform == UNPADDED
 
     @property
     def blends(self) -> bool:
         """Whether tokens may be means of others, so that batches hold corners and shares."""
-        return self.sized and self.max_tiles > 0
+        return self.tiled and self.max_tiles > 0
 
 
 def tiling(model: ModelConfig, prompt: PromptConfig) -> Tiling:
     """The tiling of a model under a prompt. Raises `DataError` if they do not go together."""
     transform_version(prompt.transform)
-    vision, row_end, sized = model.vision, model.connector.row_end, prompt.transform in TILED
+    vision, row_end, tiled = model.vision, model.connector.row_end, prompt.transform in TILED
+    sized = tiled or prompt.transform == UNPADDED
     side = math.isqrt(model.tile_tokens)
     if model.connector.kind in ("qformer", "resampler") or side**2 != model.tile_tokens:
         side = 0  # queries, or a class token beside the grid
@@ -95,19 +108,21 @@ def tiling(model: ModelConfig, prompt: PromptConfig) -> Tiling:
             "truncation 'before_splice' keeps room for a fixed number of visual tokens, but with transform "
             f"'{prompt.transform}' it depends on the image; choose 'after_splice'."
         )
-    rest = (grids if sized else (), prompt.max_tiles if sized else 0, prompt.tile_several)
-    return Tiling(prompt.transform, views(vision), model.tile_tokens, side, row_end, *rest)
+    rest = (grids if tiled else (), prompt.max_tiles if tiled else 0, prompt.tile_several)
+    unpadded_sva = model.connector.kind == "sva" and prompt.transform == UNPADDED
+    cells = tuple(part.grid for part in vision.parts) if unpadded_sva else ()
+    return Tiling(prompt.transform, views(vision), model.tile_tokens, side, row_end, *rest, cells)
 
 
 def views(vision: VisionConfig) -> tuple[tuple[int, tuple[float, ...]], ...]:
-    """(pixels on a side, mean colour) of each array of pixels: one, unless the towers' differ; then one a tower."""
-    found = tuple((part.input_size, part.mean) for part in vision.parts)
+    """(pixels on a side, colour of bars) of each array of pixels: one, unless the towers' differ; then one a tower."""
+    found = tuple((part.input_size, part.fill or part.mean) for part in vision.parts)
     return found if len(set(found)) > 1 else found[:1]
 
 
-def pixel_names(count: int) -> list[str]:
-    """The entries of a batch that hold `count` views: 'pixels', 'pixels_1', 'pixels_2', ..."""
-    return ["pixels", *(f"pixels_{i}" for i in range(1, count))]
+def tower_names(what: str, count: int) -> list[str]:
+    """The entries of a batch that hold `count` views ('pixels') or features: 'pixels', 'pixels_1', 'pixels_2', ..."""
+    return [what, *(f"{what}_{i}" for i in range(1, count))]
 
 
 # ------------------------------------------------------------------------------------------------------------ planning
@@ -122,9 +137,12 @@ def image_plans(tiling: Tiling, sizes: Sequence[tuple[int, int]]) -> list[ImageP
 def image_plan(tiling: Tiling, width: int, height: int, alone: bool = True) -> ImagePlan:
     """The tiles and visual tokens of an image of this upright size, in pixels.
 
-    `alone`: it is its conversation's only image. Of a transform that does not tile, the size does not matter.
+    `alone`: it is its conversation's only image. The size matters only if the tiling is `sized`.
     """
-    if not tiling.sized or not (alone or tiling.tile_several):
+    if tiling.transform == UNPADDED:
+        shown = np.asarray([[_shown(width, height, cells) for cells in tiling.cells]], np.int32)
+        return _unpadded(tiling, _shown(width, height, tiling.side))._replace(size=(width, height), regions=shown)
+    if not tiling.tiled or not (alone or tiling.tile_several):
         return _single(tiling)
     size = tiling.views[0][0]
     grid = best_grid(width, height, tiling.grids, size)
@@ -136,11 +154,18 @@ def image_plan(tiling: Tiling, width: int, height: int, alone: bool = True) -> I
 @functools.lru_cache(maxsize=64)
 def _single(tiling: Tiling) -> ImagePlan:
     index = np.arange(tiling.tile_tokens, dtype=np.int32)
-    if tiling.row_end and tiling.sized:
+    if tiling.row_end and tiling.tiled:
         index = np.append(index, np.int32(ROW_END))
     elif tiling.row_end:
         index = _end_rows(index.reshape(tiling.side, tiling.side))
     return ImagePlan(1, None, None, *_flat(tiling, index))
+
+
+@functools.lru_cache(maxsize=512)
+def _unpadded(tiling: Tiling, region: tuple[int, int, int, int]) -> ImagePlan:
+    top, bottom, left, right = region
+    index = np.arange(tiling.tile_tokens, dtype=np.int32).reshape(tiling.side, tiling.side)[top:bottom, left:right]
+    return ImagePlan(1, None, None, *_flat(tiling, _end_rows(index) if tiling.row_end else index))
 
 
 @functools.lru_cache(maxsize=512)
@@ -186,6 +211,17 @@ def best_grid(width: int, height: int, grids: Sequence[tuple[int, int]], size: i
         if shown > most or (shown == most and waste < least):
             best, most, least = (rows, columns), shown, waste
     return best
+
+
+def _shown(width: int, height: int, cells: int) -> tuple[int, int, int, int]:
+    """The cells of a letterboxed image that Cambrian keeps, of cells x cells: bars halved downwards on both sides."""
+    wide = high = cells
+    if width > height:
+        high = max(1, int(height * (cells / width)))
+    else:
+        wide = max(1, int(width * (cells / height)))
+    top, left = (cells - high) // 2, (cells - wide) // 2
+    return top, cells - top, left, cells - left
 
 
 def _rounded(width: int, height: int, shape: tuple[int, int], grid, size) -> tuple[int, int, int, int]:
@@ -240,9 +276,22 @@ def image_tiles(image: Image.Image, tiling: Tiling, plan: ImagePlan, name: str =
 
     Raises `DataError` naming it if its size is not the one that it was planned with.
     """
+    if plan.size and image.size != plan.size:
+        raise DataError(f"{name} has {image.size} pixels, but its header said {plan.size}. Save it anew.")
     if plan.grid:
-        if image.size != plan.size:
-            raise DataError(f"{name} has {image.size} pixels, but its header said {plan.size}. Save it anew.")
         return [tiles(image, tiling.transform, size, mean, plan.grid) for size, mean in tiling.views]
-    way = "letterbox" if tiling.sized else tiling.transform
+    way = "letterbox" if tiling.tiled else tiling.transform
     return [transform(image, way, size, mean)[None] for size, mean in tiling.views]
+
+
+def tile_regions(tiling: Tiling, plans: Sequence[ImagePlan], slots: int) -> dict[str, np.ndarray]:
+    """The entry 'tile_regions' of a row with these images in its tile slots, int32 [slots, towers, 4]; nothing if an
+    aggregator may look at everything. See `Tiling.cells`.
+    """
+    if not tiling.cells:
+        return {}
+    regions = np.zeros((slots, len(tiling.cells), 4), np.int32)
+    if plans:
+        filled = np.concatenate([plan.regions for plan in plans])
+        regions[: len(filled)] = filled
+    return {"tile_regions": regions}

@@ -31,8 +31,11 @@ class Sampling(NamedTuple):
 
 
 @partial(jax.jit, static_argnums=0)
-def encode_images(config: ModelConfig, params: dict, pixels: Sequence[jax.Array]) -> jax.Array:
-    """Tiles to visual tokens [U, P, D]; `pixels` are uint8 [U, s, s, 3], one array for each view of them.
+def encode_images(
+    config: ModelConfig, params: dict, pixels: Sequence[jax.Array], regions: jax.Array | None = None
+) -> jax.Array:
+    """Tiles to visual tokens [U, P, D]; `pixels` are uint8 [U, s, s, 3], one array for each view of them, and `regions`
+    int32 [U, towers, 4] (see `SVA`).
 
     Where the connector reads the instruction too, to the tower's features [U, N, Dv], which do not depend on it; the
     visual tokens are then `read_images`'s.
@@ -40,7 +43,9 @@ def encode_images(config: ModelConfig, params: dict, pixels: Sequence[jax.Array]
 
     def run(model: VLM) -> jax.Array:
         features = model.encode(*(view[:, None] for view in pixels))
-        return features[:, 0] if config.connector.reads_text else model.project(features)
+        if config.connector.reads_text:
+            return features[:, 0]
+        return model.project(features, tile_regions=None if regions is None else regions[:, None])
 
     return VLM(config).apply({"params": params}, method=run)
 

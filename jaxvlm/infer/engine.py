@@ -352,6 +352,7 @@ class Engine:
         def read(pair: tuple[Any, ImagePlan]) -> tuple[bytes, list[np.ndarray]]:
             item, plan = pair
             views = image_tiles(image.load_image(item), self.tiling, plan, str(item))
+            views += [plan.regions] if self.tiling.cells else []
             return hashlib.sha256(b"".join(view.tobytes() for view in views)).digest(), views
 
         names = [(str(i) if isinstance(i, (str, os.PathLike)) else id(i), plan.grid) for i, plan in images]
@@ -371,7 +372,9 @@ class Engine:
         return [found[key] for key in keys]
 
     def _encode_tiles(self, images: dict[bytes, list[np.ndarray]]) -> dict[bytes, np.ndarray]:
-        """As `_encode_images`, of images given as views [t, s, s, 3]; tiles of many images share a pass."""
+        """As `_encode_images`, of images given as views [t, s, s, 3], and their regions [t, towers, 4] after them if an
+        aggregator reads these; tiles of many images share a pass.
+        """
         if not images:
             return {}
         views = [np.concatenate(view) for view in zip(*images.values(), strict=True)]
@@ -380,8 +383,9 @@ class Engine:
             part = [view[start : start + TILES_PER_PASS] for view in views]
             count = len(part[0])
             extra = self._rows(count, TILES_PER_PASS) - count
-            padded = [self._put(np.pad(view, [(0, extra), (0, 0), (0, 0), (0, 0)])) for view in part]
-            done.append(np.asarray(decoding.encode_images(self.config, self.params, padded))[:count])
+            padded = [self._put(np.pad(view, [(0, extra), *[(0, 0)] * (view.ndim - 1)])) for view in part]
+            regions = padded.pop() if self.tiling.cells else None
+            done.append(np.asarray(decoding.encode_images(self.config, self.params, padded, regions))[:count])
         ends = np.cumsum([len(views[0]) for views in images.values()])
         return dict(zip(images, np.split(np.concatenate(done), ends[:-1]), strict=True))
 

@@ -20,6 +20,7 @@ from jaxvlm.models.towers import join, look, tower
 __all__ = ["VLM", "abstract_params", "head_bias", "head_kernel", "init_cache", "init_params", "logical_axes"]
 
 ROW_END = -2  # in a batch's visual_index: the connector's learned row end
+PROJECT_ALSO = ("qformer_tokens", "qformer_mask", "tile_regions")  # of a batch, for the connectors that read them
 
 
 class VLM(nn.Module):
@@ -37,16 +38,17 @@ class VLM(nn.Module):
         """hidden [B, S, D] of a batch; with an empty cache, a prefill: (hidden, cache).
 
         Reads 'tokens', 'visual_index', 'positions' and 'segment_ids', int32 [B, S], and 'pixels' (uint8
-        [B, T, s, s, 3]; see `encode`), or 'features' ([B, T, N, Dv], a frozen tower's, kept from before), or neither; for a
-        Q-Former that reads text 'qformer_tokens' and 'qformer_mask' (see `project`). A token sees what precedes it in its
+        [B, T, s, s, 3]; see `encode`), or 'features' ([B, T, N, Dv], a frozen tower's, kept from before), or neither; where
+        each of several towers has its own, 'pixels_1', 'features_1' and so on too; for a Q-Former that reads text
+        'qformer_tokens' and 'qformer_mask', for an SVA 'tile_regions' (see `project`). A token sees what precedes it in its
         own segment, in some layers only within a sliding window.
         """
-        visual, text = None, (batch.get("qformer_tokens"), batch.get("qformer_mask"))
-        if "features" in batch:
-            visual = self.project(batch["features"], *text)
-        elif "pixels" in batch:
-            pixels = [batch[name] for name in _pixel_names(self.config) if name in batch]
-            visual = self.project(self.encode(*pixels), *text)
+        visual, more = None, {name: batch[name] for name in PROJECT_ALSO if name in batch}
+        features, pixels = (_by_tower(self.config, batch, what) for what in ("features", "pixels"))
+        if features:
+            visual = self.project(features if self.config.connector.kind == "sva" else features[0], **more)
+        elif pixels:
+            visual = self.project(self.encode(*pixels), **more)
         blend = (batch["visual_corners"], batch["visual_shares"]) if "visual_corners" in batch else None
         x = self.embed(batch["tokens"], batch["visual_index"], visual, blend)
         k_start, k_end = intervals.causal(batch["segment_ids"])
@@ -69,14 +71,16 @@ class VLM(nn.Module):
         features: jax.Array | tuple[jax.Array, ...],
         qformer_tokens: jax.Array | None = None,
         qformer_mask: jax.Array | None = None,
+        tile_regions: jax.Array | None = None,
     ) -> jax.Array:
         """features [B, T, N, Dv] (of an SVA: one array for each tower) -> visual tokens [B, T * P, D].
 
-        An instruction-aware Q-Former also reads `qformer_tokens` and `qformer_mask`, [B, T, L] (see `QFormer`). An SVA
-        with layers inside the decoder appends to each token the channels that these read.
+        An instruction-aware Q-Former also reads `qformer_tokens` and `qformer_mask`, [B, T, L] (see `QFormer`), an SVA
+        `tile_regions`, int32 [B, T, towers, 4] (see `SVA`). An SVA with layers inside the decoder appends to each token the
+        channels that these read.
         """
-        text = (qformer_tokens, qformer_mask) if self.config.connector.kind == "qformer" else ()
-        visual = self.connector(features, *text)  # [B, T, P, D]
+        also = {"qformer": (qformer_tokens, qformer_mask), "sva": (tile_regions,)}
+        visual = self.connector(features, *also.get(self.config.connector.kind, ()))  # [B, T, P, D]
         return visual.reshape(len(visual), -1, visual.shape[-1])
 
     def embed(
@@ -140,9 +144,13 @@ class VLM(nn.Module):
         return self.llm.logits(hidden)
 
 
-def _pixel_names(config: ModelConfig) -> list[str]:
-    """The entries of a batch with each tower's pixels; a batch may have the first alone, for all of them."""
-    return [f"pixels_{i}" if i else "pixels" for i in range(len(config.vision.parts))]
+def _tower_names(config: ModelConfig, what: str) -> list[str]:
+    """The entries of a batch with each tower's pixels or features; a batch may have the first alone, for all of them."""
+    return [f"{what}_{i}" if i else what for i in range(len(config.vision.parts))]
+
+
+def _by_tower(config: ModelConfig, batch: dict[str, jax.Array], what: str) -> tuple[jax.Array, ...]:
+    return tuple(batch[name] for name in _tower_names(config, what) if name in batch)
 
 
 # ---------------------------------------------------------------------------------------------------------- parameters
@@ -180,7 +188,7 @@ def _init(config: ModelConfig, rng: jax.Array) -> dict:
     """The boxed parameters, by tracing the smallest batch that touches them all; jit drops its forward pass."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     batch = {name: tokens for name in ("tokens", "visual_index", "positions", "segment_ids")}
-    for name, part in zip(_pixel_names(config), config.vision.parts, strict=True):
+    for name, part in zip(_tower_names(config, "pixels"), config.vision.parts, strict=True):
         batch[name] = jnp.zeros((1, 1, part.input_size, part.input_size, 3), jnp.uint8)
     if config.connector.reads_text:
         batch["qformer_tokens"] = tokens[None]

@@ -22,7 +22,8 @@ from jaxvlm.data.tiles import ImagePlan, Tiling, image_plan, image_tiles, tiling
 from jaxvlm.models.vlm import VLM
 from jaxvlm.weights.saved import write_json
 
-FeatureTable = tuple[np.ndarray, dict[str, int]]  # [tiles, tokens, width] on disk; the row of each image's first tile
+# Arrays [tiles, tokens, width] on disk, one, or one for each tower of an SVA; the row of each image's first tile.
+FeatureTable = tuple[tuple[np.ndarray, ...], dict[str, int]]
 
 
 def cached_features(
@@ -42,7 +43,9 @@ def cached_features(
     cut = _cacheable(config, prompt)
     files = addresses_fingerprint(images)
     how = [transform_version(prompt.transform), cut.grids]
-    key = [to_dict(config.vision), config.dtype, how, _checksum(vision_params), files]
+    kept = config.vision.parts if config.connector.kind == "sva" else (config.vision,)
+    kinds = [(part.num_tokens, part.feature_width) for part in kept]
+    key = [to_dict(config.vision), kinds, config.dtype, how, _checksum(vision_params), files]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
 
     def planned(path: str) -> ImagePlan:
@@ -51,30 +54,32 @@ def cached_features(
     with ThreadPoolExecutor(16) as pool:
         plans = list(pool.map(planned, images))
     ends = np.cumsum([plan.tiles for plan in plans]).tolist()
-    shape = (max(ends, default=1), config.vision.num_tokens, config.vision.feature_width)
-    dtype = jnp.dtype(config.dtype)
-    data, done = directory / f"features-{digest}.bin", directory / f"features-{digest}.json"
+    shapes, dtype = [(max(ends, default=1), *kind) for kind in kinds], jnp.dtype(config.dtype)
+    data = [directory / f"features-{digest}-{i}.bin" for i in range(len(kinds))]
+    done = directory / f"features-{digest}.json"
+
+    def tables(mode: str) -> tuple[np.memmap, ...]:
+        return tuple(np.memmap(path, dtype, mode, shape=shape) for path, shape in zip(data, shapes, strict=True))
+
     if not done.is_file():
         directory.mkdir(parents=True, exist_ok=True)
-        table = np.memmap(data, dtype, "w+", shape=shape)
-        start = 0
-        for rows in _compute(config, vision_params, zip(images, plans, strict=True), cut, batch_size):
-            table[start : start + len(rows)] = rows
-            start += len(rows)
+        writing, start = tables("w+"), 0
+        for found in _compute(config, vision_params, zip(images, plans, strict=True), cut, batch_size):
+            end = start + len(found[0])
+            for table, rows in zip(writing, found, strict=True):
+                table[start:end] = rows
+            start = end
             if on_progress:
                 on_progress(bisect.bisect_right(ends, start), len(images))
-        table.flush()
-        write_json(done, {"shape": shape, "dtype": config.dtype, "transform": prompt.transform})
-    return np.memmap(data, dtype, "r", shape=shape), dict(zip(images, [0, *ends], strict=False))
+        for table in writing:
+            table.flush()
+        write_json(done, {"shapes": shapes, "dtype": config.dtype, "transform": prompt.transform})
+    return tables("r"), dict(zip(images, [0, *ends], strict=False))
 
 
 def _cacheable(config: ModelConfig, prompt: PromptConfig) -> Tiling:
     cut = tiling(config, prompt)
-    if config.connector.kind == "sva":
-        raise ConfigError(
-            "cache_features keeps one array of features, but 'sva' takes one of each tower; set it False."
-        )
-    if cut.sized and not cut.tile_several:
+    if cut.tiled and not cut.tile_several:
         raise ConfigError(
             "cache_features keeps one set of tiles of an image, but with prompt.tile_several = False that depends on the "
             "conversation; set one of them otherwise."
@@ -83,13 +88,13 @@ def _cacheable(config: ModelConfig, prompt: PromptConfig) -> Tiling:
 
 
 def _compute(config, vision_params, images: Iterator[tuple[str, ImagePlan]], cut: Tiling, batch_size: int):
-    """Features [n, N, Dv] of the images' tiles in order, some at a time."""
+    """Features of the images' tiles in order, some at a time: tuples of arrays [n, N, Dv] as in a `FeatureTable`."""
     model = VLM(config)
 
     @jax.jit
-    def encode(params, views):  # [B, s, s, 3] each -> [B, N, Dv]
-        views = [view[:, None] for view in views]
-        return model.apply({"params": {"vision": params}}, *views, method="encode")[:, 0]
+    def encode(params, views):  # [B, s, s, 3] each -> [B, N, Dv] each
+        found = model.apply({"params": {"vision": params}}, *(view[:, None] for view in views), method="encode")
+        return tuple(x[:, 0] for x in (found if isinstance(found, tuple) else (found,)))
 
     def cut_up(pair):
         path, plan = pair
@@ -100,9 +105,8 @@ def _compute(config, vision_params, images: Iterator[tuple[str, ImagePlan]], cut
     def run(tiles):
         views = [np.stack(view) for view in zip(*tiles, strict=True)]
         extra = batch_size - len(tiles)  # one shape, one compilation
-        return np.asarray(encode(vision_params, [np.pad(view, [(0, extra), *[(0, 0)] * 3]) for view in views]))[
-            : len(tiles)
-        ]
+        padded = [np.pad(view, [(0, extra), *[(0, 0)] * 3]) for view in views]
+        return tuple(np.asarray(x)[: len(tiles)] for x in encode(vision_params, padded))
 
     waiting = []
     with ThreadPoolExecutor(2) as pool:

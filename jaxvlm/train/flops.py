@@ -69,10 +69,11 @@ def vision_flops(vision: VisionConfig) -> float:
 
 
 def _vit_flops(c: VisionConfig) -> float:
-    tokens, depth = (c.image_size // c.patch_size) ** 2 + c.class_token + c.num_registers, num_layers(c)
+    cells, depth = (c.image_size // c.patch_size) ** 2, num_layers(c)
+    tokens = cells + c.class_token + c.num_registers
     layer = 4 * c.width**2 + (2 + (c.mlp == "swiglu")) * c.width * c.mlp_dim
     patch = 3 * c.patch_size**2 * c.width
-    return 2 * tokens * (patch + depth * layer) + 4 * depth * tokens**2 * c.width
+    return 2 * (cells * patch + tokens * depth * layer) + 4 * depth * tokens**2 * c.width
 
 
 def _convnext_flops(c: VisionConfig) -> float:

@@ -28,6 +28,13 @@ _LLAMA_3 = _STRIPPED | {
     "end": "<|eot_id|>",
     "system_format": ("<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>"),
 }
+_CAMBRIAN = (
+    "You are Cambrian, a highly intelligent multimodal AI trained by NYU Vision X.",
+    "As a multimodal AI, you have the ability to process and analyze images. Whenever an image is present in the "
+    "conversation, very carefully examine it and consider its content when formulating your response.",
+    "You should give concise responses to very simple questions, but provide thorough responses to more complex "
+    "and open-ended questions.",
+)
 # Text before a question, after it, before an answer, after it.
 CHAT: dict[str, dict[str, Any]] = {
     "vicuna_v1": _VICUNA | {"system": _CURIOUS.format("user")},
@@ -70,11 +77,16 @@ CHAT: dict[str, dict[str, Any]] = {
         "user": "<|start_header_id|>user<|end_header_id|>",
         "ask": "<|eot_id|><|start_header_id|>assistant<|end_header_id|>",
         "system_format": ("<|start_header_id|>system<|end_header_id|>", "<|eot_id|>"),
-        "system": "You are Cambrian, a highly intelligent multimodal AI trained by NYU Vision X. \n"
-        "    As a multimodal AI, you have the ability to process and analyze images. Whenever an image is present in the "
-        "conversation, very carefully examine it and consider its content when formulating your response.\n"
-        "    You should give concise responses to very simple questions, but provide thorough responses to more complex "
-        "and open-ended questions. ",
+        "system": "{} \n    {}\n    {} ".format(*_CAMBRIAN),
+    },
+    "cambrian_chatml": {
+        "user": "<|im_start|>user\n",
+        "ask": "<|im_end|><|im_start|>assistant\n",
+        "lead": "",
+        "end": "<|im_end|>",
+        "system_format": ("<|im_start|>system\n", "<|im_end|>"),
+        "system": " ".join(_CAMBRIAN),
+        "strip_answers": True,
     },
 }
 CHAT_ENDS = {name: (values["end"].strip(),) for name, values in CHAT.items()}

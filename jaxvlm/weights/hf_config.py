@@ -30,6 +30,7 @@ def image_processor(folder: Path) -> dict:
 
 # What a chat template written for one of our templates contains; the first that fits is taken.
 _MARKS = (
+    ("cambrian_chatml", r"<\|im_start\|>[\s\S]*You are Cambrian|You are Cambrian[\s\S]*<\|im_start\|>"),
     ("chatml", r"<\|im_start\|>"),
     ("llava_llama_2", r"\[INST\][\s\S]*<<SYS>>|<<SYS>>[\s\S]*\[INST\]"),
     ("prism_llama_2", r"<<SYS>(?!>)"),

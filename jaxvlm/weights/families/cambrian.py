@@ -1,7 +1,8 @@
 """Cambrian-1 (recipes §1.1 A7, §3.4): a language model, the aggregator's tensors beside it, and towers by name.
 
 Every tower gives its last, normed features (CLIP alone those that LLaVA takes), resized to the number of tokens that
-the config says.
+the config says. Images are always letterboxed and the bars left out, whatever `image_aspect_ratio` says: training
+knows nothing else, and answers do not read it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from jaxvlm.weights.families.base import Family, Format
 from jaxvlm.weights.families.connectors import mlp_name
 from jaxvlm.weights.families.known import TOWERS
 from jaxvlm.weights.families.timm import TIMM_CONVNEXT, TIMM_VIT, timm_config
+from jaxvlm.weights.families.vit import CLIP_TRAITS
 from jaxvlm.weights.readers import WeightsError
 
 _LANGUAGE = {"cambrian_llama": "llama", "cambrian_mistral": "mistral", "cambrian_phi3": "phi3"}
@@ -38,7 +40,6 @@ _DEFAULTS = {
     "start_of_vision_sampler_layers": 0,
     "stride_of_vision_sampler_layers": 1,
     "num_of_vision_sampler_layers": 0,
-    "image_aspect_ratio": None,
     "tie_word_embeddings": False,
 }
 _AGGREGATOR = r"model\.(?=mm_projector|vision_sampler|vision_query|image_newline$)"
@@ -67,8 +68,8 @@ def _tower(name: str, tokens: int, c: dict, folder: Path) -> tuple[VisionConfig,
     size = re.search(r"-res(\d+)", name)
     plain = re.sub(r"-(res|interp)\d+|-multi-stage", "", name)
     final = {"feature_layers": (-1,), "feature_norm": True}
-    if plain in _SIGLIP:
-        config, family = dataclasses.replace(timm_config(_SIGLIP[plain]), **final), TIMM_VIT
+    if plain in _SIGLIP:  # with bars of CLIP's colour, as of every tower from OpenCLIP
+        config, family = dataclasses.replace(timm_config(_SIGLIP[plain]), **final, fill=CLIP_TRAITS["mean"]), TIMM_VIT
     elif plain in _CONVNEXT:
         config, family = timm_config(_CONVNEXT[plain]), TIMM_CONVNEXT
         stages = tuple(range(len(config.stage_depths))) if "multi-stage" in name else (-1,)
@@ -144,14 +145,14 @@ def _sva(c: dict, folder: Path) -> dict[str, SVAConfig]:
 
 
 def prompt(given: dict, folder: Path) -> dict[str, Any]:
-    """Letterboxed images; the template by the language model, as the scripts choose it."""
+    """Letterboxed images without their bars; the template by the language model, as the scripts choose it."""
     c = _DEFAULTS | given
-    vocabularies = {32000: "vicuna_v1", 64000: "chatml"}
+    vocabularies = {32000: "vicuna_v1", 64000: "cambrian_chatml"}
     template = vocabularies.get(c.get("vocab_size"), "cambrian_llama_3")
     values = {"layout": "llava", "template": "mistral_instruct" if "mistral" in c["model_type"] else template}
     if length := c.get("tokenizer_model_max_length"):
         values["length"] = length
-    return values | {"transform": "letterbox" if c["image_aspect_ratio"] == "pad" else "crop"}
+    return values | {"transform": "letterbox_unpad"}
 
 
 def _format(name: str, sva: bool, split: Any) -> Format:
