@@ -72,9 +72,7 @@ def get_config(arg=None):
         name="align",
         trainable=("connector/.*",),
         data=dict(sources=[source(arg.data, "alignment_2.5m")]),
-        optimizer=dict(
-            learning_rate=1e-3, learning_rate_scales=[(SAMPLERS, 0.1)], clip_norm=1.0, warmup_ratio=0.06
-        ),
+        optimizer=dict(learning_rate=1e-3, learning_rate_scales=[(SAMPLERS, 0.1)], clip_norm=1.0, warmup_ratio=0.06),
         batch_size=512,
         epochs=1.0,
     )

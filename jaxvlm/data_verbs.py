@@ -141,7 +141,7 @@ def stats(argv: Sequence[str]) -> int:
         made = summary(measured, stage.prompt.length, stage.data.tiles_per_row)
         print("\n" * bool(k) + f"{stage.name}: {_facts(stage)}\n\n" + "\n".join(summary_table(made)))
         if made["unusable"]:
-            print(f"\n{made['unusable']:,} records cannot be used: `jaxvlm data verify` says why.")
+            print(f"\n{made['unusable']:,} records are left out: `jaxvlm data verify` says why.")
         if options.out:
             name = "stats" if len(stages) == 1 else f"stats-{stage.name.rsplit(' ', 1)[-1]}"
             folder = Path(options.out)

@@ -88,6 +88,8 @@ def test_the_rows_of_table_2():
     assert row(9)[0].model.llm.width == 5120
     with pytest.raises(ConfigError, match="'row' must be one of 8, 0"):
         row(12)
+
+
 def prismatic(arg=""):
     return load_config(str(ROOT / "configs" / "prismatic.py") + arg)
 

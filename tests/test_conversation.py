@@ -165,7 +165,9 @@ def test_several_images_of_a_turn_keep_their_places():
     assert [rendered.text[m : m + 7] for m in rendered.image_marks] == ["<image>"] * 2
 
 
-@pytest.mark.parametrize("template", [name for name, one in TEMPLATES.items() if one.style != "plain" and name != "blip2"])
+@pytest.mark.parametrize(
+    "template", [name for name, one in TEMPLATES.items() if one.style != "plain" and name != "blip2"]
+)
 def test_labels_are_the_answer_and_its_end(tokenizers, template):
     tokenizer = tokenizers[template]
     encoded = encode(record("<image>\nWhat?", "a cat", "And?", "a mat", image="x"), tokenizer, template)

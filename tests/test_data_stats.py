@@ -70,7 +70,7 @@ def test_a_random_part_and_unusable_records(tmp_path, capsys):
     (mix.parent / "coco/train2017/000000000100.jpg").unlink()
     gone = sum(r.get("image") == "coco/train2017/000000000100.jpg" for r in json.loads(mix.read_text()))
     out = run(mix, "--images", mix.parent, capsys=capsys)
-    assert f"{gone} records cannot be used: `jaxvlm data verify` says why." in out
+    assert f"{gone} records are left out: `jaxvlm data verify` says why." in out
     Path(mix).write_text("[1, 2]")
     assert main(["data", "stats", str(mix)]) == 1
     assert "Of 2 records none can be used" in capsys.readouterr().err

@@ -328,7 +328,7 @@ def test_the_list_lets_a_training_begin(mix, tmp_path, capsys):
     tokenizer = str(llama_tokenizer(tmp_path / "tokenizer"))
     values = dict(
         model=dict(vision=dict(image_size=28, patch_size=14)),
-        prompt=dict(tokenizer=tokenizer, length=256, truncation="drop"),
+        prompt=dict(tokenizer=tokenizer, length=256, truncation="error"),
         stages=[dict(name="only", data=dict(sources=[source], max_bad_share=1.0))],
     )
     config = tmp_path / "config.py"
@@ -339,9 +339,16 @@ def test_the_list_lets_a_training_begin(mix, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["data", "verify", "--config", str(config), "--quarantine", listed])
     out = capsys.readouterr().out
-    assert stop.value.code == 1 and "1 that training refuses, beside those above" in out and "is longer than" in out
+    assert stop.value.code == 1 and "1 that training refuses, beside those above" in out and "the sequence has" in out
     found = quarantined(listed)
     assert {7, 9} < found.keys() and len(found) >= 3
+
+    with pytest.raises(SystemExit):
+        main(
+            ["data", "verify", "--config", str(config), "--config.prompt.truncation=drop", "--quarantine", listed + "2"]
+        )
+    assert "longer than a row, as `truncation` asks: 1" in capsys.readouterr().out
+    assert found.keys() - quarantined(listed + "2").keys() == {7}
 
     run_config = load_config(str(config))
     data = run_config.stages[0].data

@@ -25,7 +25,9 @@ from jaxvlm.weights import ImportReport, WeightsError, config_from, import_model
 from jaxvlm.weights.families import cambrian, known, prismatic, timm
 
 SIDE, PATCH = 28, 7
-PICTURES = [np.random.default_rng(i).integers(0, 256, (h, w, 3)).astype(np.uint8) for i, h, w in ((0, 20, 41), (1, 50, 13))]
+PICTURES = [
+    np.random.default_rng(i).integers(0, 256, (h, w, 3)).astype(np.uint8) for i, h, w in ((0, 20, 41), (1, 50, 13))
+]
 
 
 def request(text, *pictures):

@@ -236,7 +236,9 @@ def test_bars_are_left_out_of_any_grid():
     """Without an aggregator, row ends or other images; the pixels are those of `letterbox`."""
     cut = made("letterbox_unpad", side=4, patch=6, row_end=False, tile_several=False)
     plan, other = image_plans(cut, [(40, 20), (20, 40)])
-    assert plan.index.tolist() == list(range(4, 12)) and other.index.tolist() == [i for i in range(16) if i % 4 in (1, 2)]
+    assert plan.index.tolist() == list(range(4, 12)) and other.index.tolist() == [
+        i for i in range(16) if i % 4 in (1, 2)
+    ]
     assert tile_regions(cut, [plan], 3) == {} and not cut.tiled and cut.sized
     (found,) = image_tiles(picture(40, 20), cut, plan)
     np.testing.assert_array_equal(found[0], transform(picture(40, 20), "letterbox", 24, MEAN))

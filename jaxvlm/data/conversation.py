@@ -123,7 +123,9 @@ TEMPLATES = {
     ),
     "plain": Template(user="", ask="", lead="", end="\n", style="plain"),
     # Prismatic's captions end with the end of sequence.
-    "plain_eos": Template(user="", ask="", lead="", end="{eos}", style="plain", strip=("assistant",), specials=("{eos}",)),
+    "plain_eos": Template(
+        user="", ask="", lead="", end="{eos}", style="plain", strip=("assistant",), specials=("{eos}",)
+    ),
     "prism": Template(
         user="In: ",
         ask="\nOut:",

@@ -42,7 +42,7 @@ def _header(title: str, facts: str, made: dict) -> str:
     if "packed_fill" in every:
         numbers["of packed rows filled"] = percent(every["packed_fill"])
     if made["unusable"]:
-        numbers["records cannot be used"] = f"{made['unusable']:,}"
+        numbers["records left out"] = f"{made['unusable']:,}"
     shown = "".join(f"<li><strong>{value}</strong> {escape(name)}</li>" for name, value in numbers.items())
     return (
         f'<header>\n<p class="eyebrow">jaxvlm data stats</p>\n<h1>{escape(title)}</h1>\n<p>{escape(facts)}</p>\n'

@@ -116,7 +116,11 @@ def verify_stage(
         finding = Finding(
             "problem", "records", f"{len(new):,} that training refuses, beside those above", tuple(advice)
         )
-    made = Verified(sum(found.records.values()), new, findings=[(f"As trained on in {name}", [finding])])
+    findings = [finding]
+    dropped = sum(map(len, found.dropped.values()))
+    if dropped:
+        findings.append(Finding("note", "dropped", f"longer than a row, as `truncation` asks: {dropped:,}"))
+    made = Verified(sum(found.records.values()), new, findings=[(f"As trained on in {name}", findings)])
     made.show(print)
     return made
 
