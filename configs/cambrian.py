@@ -24,7 +24,8 @@ parts are tested against torch on small models.
 from dataclasses import replace
 from pathlib import Path
 
-from jaxvlm.config import complete, parse_arg, to_dict
+from jaxvlm.config import to_dict
+from jaxvlm.config_files import complete, parse_arg
 from jaxvlm.weights.families import cambrian
 
 TOWERS = {  # Cambrian's names, and the folders under `weights`

@@ -11,7 +11,7 @@ colours do: expect groups well above chance and few exact names after these minu
 import runpy
 from pathlib import Path
 
-from jaxvlm.config import complete
+from jaxvlm.config_files import complete
 
 QUICKSTART = runpy.run_path(str(Path(__file__).with_name("quickstart.py")))
 

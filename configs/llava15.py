@@ -19,7 +19,7 @@ Expect the published numbers of LLaVA-1.5 (VQAv2 78.5, GQA 62.0, POPE 85.9 for 7
 recipe yet: its parity with the reference is tested on small models.
 """
 
-from jaxvlm.config import complete, parse_arg
+from jaxvlm.config_files import complete, parse_arg
 
 LLMS = {
     "vicuna-7b": dict(width=4096, depth=32, num_heads=32, num_kv_heads=32, head_dim=128, mlp_dim=11008),

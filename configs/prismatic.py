@@ -24,7 +24,8 @@ the full recipe yet: its parts are tested against torch on small models.
 from dataclasses import replace
 from pathlib import Path
 
-from jaxvlm.config import complete, parse_arg, to_dict
+from jaxvlm.config import to_dict
+from jaxvlm.config_files import complete, parse_arg
 from jaxvlm.weights.families import prismatic
 
 DINO = "vit_large_patch14_reg4_dinov2.lvd142m"  # timm's, whose way of resizing positions Prismatic has

@@ -9,7 +9,7 @@ Everything comes out of three PyPI wheels (113 MB), fetched once.
 Argument `tiny`: the same two stages on a randomly initialised toy, without any download; a smoke test of half a minute.
 """
 
-from jaxvlm.config import complete, parse_arg
+from jaxvlm.config_files import complete, parse_arg
 
 
 def get_config(arg=None):

@@ -10,7 +10,8 @@ import pytest
 import tiny
 
 from jaxvlm import job
-from jaxvlm.config import UserError, complete, differences, to_dict
+from jaxvlm.config import UserError, differences, to_dict
+from jaxvlm.config_files import complete
 from jaxvlm.data.assets import toy
 from jaxvlm.main import load_config, main
 from jaxvlm.train import checkpoint
@@ -26,7 +27,7 @@ def world(tmp_path):
 def write_config(path, config):
     text = json.dumps(json.dumps(to_dict(config)))
     path.write_text(
-        f"import json\nfrom jaxvlm.config import complete\ndef get_config(arg=None):\n"
+        f"import json\nfrom jaxvlm.config_files import complete\ndef get_config(arg=None):\n"
         f"    return complete(json.loads({text}))\n"
     )
     return str(path)
@@ -52,7 +53,7 @@ def test_unknown_config_key(world, capsys):
 
 def test_unknown_key_in_the_file(tmp_path, capsys):
     (tmp_path / "c.py").write_text(
-        "from jaxvlm.config import complete\ndef get_config(arg=None):\n    return complete(dict(sead=1))\n"
+        "from jaxvlm.config_files import complete\ndef get_config(arg=None):\n    return complete(dict(sead=1))\n"
     )
     fails(capsys, ["--config", str(tmp_path / "c.py"), "--workdir", str(tmp_path / "run")], "config.sead", "'seed'")
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from flax.traverse_util import flatten_dict
 
-from jaxvlm.config import ConfigError, RunConfig, build, complete, differences, parse_arg, to_dict
+from jaxvlm.config import ConfigError, RunConfig, build, differences, to_dict
+from jaxvlm.config_files import complete, parse_arg
 from jaxvlm.main import load_config, main
 from jaxvlm.models.vlm import abstract_params
 from jaxvlm.train.metrics import read_metrics

@@ -333,7 +333,7 @@ def test_the_list_lets_a_training_begin(mix, tmp_path, capsys):
     )
     config = tmp_path / "config.py"
     config.write_text(
-        f"from jaxvlm.config import complete\ndef get_config(arg=None):\n    return complete({values!r})\n"
+        f"from jaxvlm.config_files import complete\ndef get_config(arg=None):\n    return complete({values!r})\n"
     )
     listed = str(tmp_path / "bad.jsonl")
     with pytest.raises(SystemExit) as stop:

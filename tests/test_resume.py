@@ -35,7 +35,7 @@ def config_file(tmp_path_factory):
     values["eval"]["task"] = ""
     path = folder / "config.py"
     path.write_text(
-        "import json\nfrom jaxvlm.config import complete\n"
+        "import json\nfrom jaxvlm.config_files import complete\n"
         f"def get_config(arg=None):\n    return complete(json.loads({json.dumps(json.dumps(values))}))\n"
     )
     return path
