@@ -36,7 +36,9 @@ def save_model(directory: Path, params: dict, model: ModelConfig, prompt: Prompt
     """Writes a finished model: parameters, tokenizers and the manifest that says how to use them."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    with explain_full_disk(directory, sum(leaf.nbytes for leaf in jax.tree.leaves(params))):
+    context = ocp.Context()
+    context.array.saving.use_compression = False  # compressed chunks would all be held: nearly a second model in memory
+    with context, explain_full_disk(directory, sum(leaf.nbytes for leaf in jax.tree.leaves(params))):
         ocp.save((directory / "params").absolute(), params, overwrite=True)
     for name in _tokenizers(prompt):
         (directory / name).mkdir(exist_ok=True)
@@ -105,6 +107,8 @@ def _load_params(folder: Path, shardings: dict | None, dtype: Dtype | None, part
     wanted = jax.tree_util.tree_map_with_path(abstract, stored, placed)
     context = ocp.Context()
     context.pytree.loading.partial_load = True
+    # As many parameters at a time as the largest: each is held two or three times until it is in its place.
+    context.memory.read_concurrent_bytes = 1 + max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(wanted))
     with context:
         return ocp.load(folder, wanted)
 
