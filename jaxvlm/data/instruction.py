@@ -1,8 +1,10 @@
 """The instruction of each image, for a Q-Former that reads it beside the image (InstructBLIP; Dai et al. 2023, §2.3).
 
-An image's instruction is the text of the human turn that its `<image>` stands in: what InstructBLIP's own code and its
-processor in transformers give to both tokenizers. It has a tokenizer of its own (a BERT's, with [CLS] and [SEP]), and a
-long one loses its start or its end, as that tokenizer's `truncation_side` says: InstructBLIP's loses its start.
+An image's instruction is the text of the human turn that its `<image>` stands in: of a question about an image what
+InstructBLIP's own code (LAVIS) and its processor in transformers give to both tokenizers, the answer never. What is said
+later does not change it, so a conversation's visual tokens stay as they are. It has a tokenizer of its own (a BERT's, with
+[CLS] and [SEP]); a long one loses its start or its end, as that tokenizer's `truncation_side` says: InstructBLIP's loses
+its start, in LAVIS from 128 tokens on, in transformers only where the caller asks for it.
 """
 
 from __future__ import annotations
