@@ -150,6 +150,14 @@ def test_prismatics_and_llama_3s_templates_to_the_letter():
     assert cambrian.endswith(
         f"questions. <|eot_id|>{user}<image>\nq<|eot_id|>{model}a<|eot_id|>{user}r<|eot_id|>{model}b<|eot_id|>"
     )
+    user, model = "<|im_start|>user\n", "<|im_start|>assistant\n"
+    cambrian = render(two, "cambrian_chatml").text
+    assert cambrian.startswith("<|im_start|>system\nYou are Cambrian, ") and "Vision X. As a" in cambrian
+    assert cambrian.endswith(
+        f"questions.<|im_end|>{user}<image>\nq<|im_end|>{model}a<|im_end|>{user}r<|im_end|>{model}b<|im_end|>"
+    )
+    said = turns("Describe it.\n<image>", " a cat \n")
+    assert render(said, "plain_eos", layout="prismatic", eos="<end>").text == "<image>a cat<end>"
 
 
 def test_prismatic_layout_takes_the_image_out_of_the_text():
@@ -265,7 +273,7 @@ def test_more_errors(llama):
         render(turns("q", "a"), "vicuna")
     with pytest.raises(DataError, match=r"needs the special token '<\|im_start\|>'.*Templates that fit it: vicuna_v1"):
         check_template(llama, "chatml")
-    with pytest.raises(DataError, match="'plain' holds one caption, not 4"):
-        encode(record("q", "a", "r", "b"), llama, "plain")
+    with pytest.raises(DataError, match="'plain_eos' holds one caption, not 4"):
+        encode(record("q", "a", "r", "b"), llama, "plain_eos")
     with pytest.raises(DataError, match="last message must be by the user"):
         prompt([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], llama, "vicuna_v1")

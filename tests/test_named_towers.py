@@ -22,7 +22,9 @@ from weights_helpers import TEXT, tokenizer_folder
 from jaxvlm.infer.engine import load
 from jaxvlm.main import main
 from jaxvlm.weights import ImportReport, WeightsError, config_from, import_model, load_any, prompt_from
+from jaxvlm.weights.chat_templates import chat_template
 from jaxvlm.weights.families import cambrian, known, prismatic, timm
+from jaxvlm.weights.hf_config import template_of
 
 SIDE, PATCH = 28, 7
 PICTURES = [
@@ -356,6 +358,9 @@ def test_cambrians_own_towers(tmp_path):
     assert prompt_from(tmp_path).template == "cambrian_llama_3"
     (tmp_path / "config.json").write_text(json.dumps(TEXT | given | {"vocab_size": 64000}))
     assert prompt_from(tmp_path).template == "cambrian_chatml"
+    for name in ("cambrian_chatml", "cambrian_llama_3", "chatml"):
+        (tmp_path / "chat_template.jinja").write_text(chat_template(name))
+        assert template_of(tmp_path) == name
     (tmp_path / "config.json").write_text(json.dumps(TEXT | given | {"mm_vision_tower_aux_list": ["sam"] * 4}))
     with pytest.raises(WeightsError, match="the vision tower 'sam' is not supported"):
         config_from(tmp_path)

@@ -1,9 +1,10 @@
 """Images of any size: which grid of tiles an image gets, and where its visual tokens stand.
 
 A transform that tiles shows an image to the tower several times: once whole, and once in pieces that are cut from an
-enlarged copy. `letterbox_unpad` (Cambrian, recipes §1.1 A7) shows it once. `anyres` is LLaVA-NeXT's (v1.6) as Hugging Face computes it, `hd` is LLaVA-1.5-HD's (Liu et al. 2024,
+enlarged copy. `anyres` is LLaVA-NeXT's (v1.6) as Hugging Face computes it, `hd` is LLaVA-1.5-HD's (Liu et al. 2024,
 App. A.1; recipes §1.1 A4). The pieces' tokens are put together to one large map, what shows only padding is taken
-out, and each row may end with a learned token. All of that is indices, computed here on the host from the image's
+out, and each row may end with a learned token. `letterbox_unpad` (Cambrian, recipes §1.1 A7) takes padding out of a
+single tile, and hides it from an aggregator. All of that is indices, computed here on the host from the image's
 size alone: `image_plan` is what the packer, the splice and the engine count with.
 
 Where the sources differ:
@@ -12,7 +13,7 @@ Where the sources differ:
 - `hd` takes out the cells that show padding alone, as the paper says; `anyres` rounds.
 - A single tile's rows all end with the token in Cambrian, only its last one in LLaVA-NeXT: the transform decides.
 - `letterbox_unpad` keeps int(x) cells of the short side, as Cambrian in training (there by attention masks) and in answers.
-  Of an image so thin that this is none its code fails; here the two cells in the middle stay.
+  Of an image so thin that this is none its code fails; here the middle stays.
 """
 
 from __future__ import annotations
