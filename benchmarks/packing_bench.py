@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import subprocess
 import time
 from pathlib import Path
 
@@ -115,11 +116,9 @@ def main() -> None:
             flush=True,
         )
     if options.out:
-        what = {
-            "what": "packing on lengths like the 665K mixture's",
-            "cpu": platform.machine(),
-            "numpy": np.__version__,
-        }
+        head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+        what = {"what": "packing on lengths like the 665K mixture's", "device": f"{platform.machine()}, one core"}
+        what |= {"versions": {"numpy": np.__version__}, "commit": head}
         Path(options.out).write_text(json.dumps({**what, "runs": runs}, indent=1) + "\n")
 
 

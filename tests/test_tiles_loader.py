@@ -118,12 +118,12 @@ def test_rows_have_as_many_tile_slots_as_the_data_needs(folder):
     packed = loader(folder, data=dict(tiles_per_row=0), prompt=dict(length=1024))
     assert packed.tiles_per_row > largest and packed.stats()["fill"] > 0.5
     assert conversations(packed) == conversations(asked)
-    text = loader(folder, data=dict(tiles_per_row=0), prompt=dict(transform="naive"))
-    assert text.tiles_per_row == max(2, text.tiles_per_row)  # two images in a record
-    with pytest.raises(DataError, match=r"has \d+ tokens, but a row holds 40; raise `length`"):
-        loader(
-            folder, data=dict(tiles_per_row=0), prompt=dict(transform="naive", length=40, truncation="before_splice")
-        )
+    assert loader(folder, data=dict(packing=False, tiles_per_row=0), prompt=dict(transform="naive")).tiles_per_row == 2
+    # Before the splice there is room kept for one image alone.
+    (folder / "two.json").write_text(json.dumps([record("<image> <image>", "b " * 50, image=["3.png", "0.png"])]))
+    cut = dict(transform="naive", length=40, truncation="before_splice")
+    with pytest.raises(DataError, match=r"has 46 tokens, but a row holds 40; raise `length`"):
+        loader(folder, "two.json", data=dict(tiles_per_row=0), prompt=cut)
 
 
 def test_blended_tokens_are_in_the_batch(folder):

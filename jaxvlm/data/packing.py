@@ -23,8 +23,8 @@ from jaxvlm.data.layout import Spliced, shifted
 from jaxvlm.data.tiles import WHOLE
 
 POOL = 64  # samples to choose from; more of them fill rows better, and move samples further
-STREAM = 8192  # samples; so many or more are packed one after the other
-STREAMS = 128  # that are packed at a time, at most
+STREAM = 8192  # samples that a stream has at least
+STREAMS = 128  # at most; their ends, where the pool runs dry, are less full
 DRAWS = 8  # random samples that stand for the choice a pool leaves when a row is nearly full
 BINS = 256  # parts of a row, in which what is expected to be wasted is reckoned
 SAMPLED = 20_000  # samples that the expectation is made from
@@ -78,9 +78,7 @@ def plan(lengths: np.ndarray, num_tiles: np.ndarray, row_length: int, tiles_per_
     sizes = np.ascontiguousarray(sizes.T)
     empty = tiles_per_row * width + row_length
     costs = _costs(_waste(lengths[:SAMPLED], num_tiles[:SAMPLED], row_length, tiles_per_row), width)
-    later = max(
-        row_length * UNIT // (80 * POOL), 1
-    )  # what it costs to come one step later: by POOL steps, 1/80 of a row
+    later = max(row_length * UNIT // (80 * POOL), 1)  # the cost of coming a step later: of POOL steps, 1/80 row
 
     row = np.full((streams, steps + POOL), -1, np.int64)  # of each sample, counted in its stream
     pool = sizes[:, :POOL].astype(np.int64)  # [streams, POOL]
