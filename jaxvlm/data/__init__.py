@@ -1,4 +1,4 @@
-"""From LLaVA-format files to batches of arrays: numpy, PIL, grain and tokenizers only, never jax or torch.
+"""From data sets to batches of arrays: numpy, PIL, grain and tokenizers only, never jax or torch.
 
 `sources` read records, `conversation` renders and labels them, `image` decodes and resizes, `layout` places
 the visual tokens, `packing` fills rows, `loader` puts them together. Submodules are imported by name; this

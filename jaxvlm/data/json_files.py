@@ -26,6 +26,7 @@ BLOCK = 1 << 22
 COUNTED = 1 << 22  # bytes whose lines are counted at a time
 WHOLE = 1 << 28  # bytes of an unfinished record that are looked through for what is wrong with it
 BOM = b"\xef\xbb\xbf"
+CONTINUATION = bytes(range(0x80, 0xC0))  # what stands in UTF-8 after the first byte of a character
 
 
 class JsonSource:
@@ -87,11 +88,7 @@ class _TextFile:
     def __init__(self, path: str):
         self.path = path
         self._file: BinaryIO | None = None
-        self._counted = (
-            0,
-            1,
-            0,
-        )  # a place in the file, the number of the line there, and characters before it in the line
+        self._counted = (0, 1, 0)  # a place, the number of its line, and the characters of that before it
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_file": None}
@@ -105,8 +102,8 @@ class _TextFile:
         place, line, column = self._counted if self._counted[0] <= start else (0, 1, 0)
         while place < start and (block := self.read(place, min(place + COUNTED, start))):
             place, line, before = place + len(block), line + block.count(b"\n"), block.rpartition(b"\n")
-            block = before[2].removeprefix(BOM)
-            column = (0 if before[1] else column) + len(block.decode("utf-8", "ignore"))
+            characters = before[2].removeprefix(BOM).translate(None, CONTINUATION)
+            column = (0 if before[1] else column) + len(characters)
         self._counted = (place, line, column)
         lines, newline, last = text.rpartition("\n")
         return line + lines.count("\n") + len(newline), (0 if newline else column) + len(last) + 1

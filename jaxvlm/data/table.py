@@ -10,12 +10,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import heapq
-import itertools
 import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +30,7 @@ from jaxvlm.data.instruction import InstructionTokenizer
 from jaxvlm.data.layout import DROPPED, Spliced, splice
 from jaxvlm.data.mixture import choose, prepared
 from jaxvlm.data.processes import in_order
-from jaxvlm.data.sources import Source, image_address, image_stats
+from jaxvlm.data.sources import Source, image_address, image_stats, in_threads
 from jaxvlm.data.tiles import ImagePlan, Tiling, image_plan, image_plans
 from jaxvlm.data.tokenizer import Tokenizer
 
@@ -104,7 +102,7 @@ def cached_table(
         with new_folder(folder) as new:
             sizes = np.zeros((len(base.image_names), 2), np.int32)
             if stats is not None:
-                sizes = _image_sizes(base.image_names, source, stats, log)
+                sizes = _image_sizes(base.image_names, source, log)
             digest = _splice_records(new, base, source, config, splicing, sizes)
             _write_meta(new, {"base": texts.name, "digest": digest})
     return str(folder)
@@ -252,24 +250,18 @@ def _read(source: Source, number: int) -> dict | DataError:
         return error
 
 
-def _image_sizes(names: Sequence[str], source: Source, stats: np.ndarray, log: Log) -> np.ndarray:
+def _image_sizes(names: Sequence[str], source: Source, log: Log) -> np.ndarray:
     """Upright sizes (width, height) of images, int32 [n, 2]; (0, 0) for those that `_no_size` has a reason for."""
 
-    def read(name: str, there: bool) -> tuple[int, int]:
+    def read(name: str) -> tuple[int, int]:
         try:
-            return image_size(source.image(name)) if there else (0, 0)
+            return image_size(source.image(name))
         except DataError:
             return 0, 0
 
     if len(names) > 2000:
         log(f"{source.path}: reading the sizes of {len(names):,} images (kept for the next run)")
-    sizes, names = np.zeros((len(names), 2), np.int32), iter(names)
-    with ThreadPoolExecutor(16) as pool:
-        for start in range(0, len(sizes), 65536):
-            part = list(itertools.islice(names, 65536))
-            there = (stats[start : start + len(part), 0] >= 0).tolist()
-            sizes[start : start + len(part)] = list(pool.map(read, part, there, chunksize=64))
-    return sizes
+    return in_threads(read, names, np.int32)
 
 
 def _no_size(source: Source, name: str) -> dict:
