@@ -21,7 +21,7 @@ from jaxvlm.config import LoRAConfig, ModelConfig, PromptConfig
 from jaxvlm.models.lora import merge_lora
 from jaxvlm.weights import hf_files, llava_files
 from jaxvlm.weights.adapters import CONFIG as ADAPTER_CONFIG
-from jaxvlm.weights.adapters import write_adapters
+from jaxvlm.weights.adapters import joined_modules, write_adapters
 from jaxvlm.weights.families import describe_decoder
 from jaxvlm.weights.families.base import Family
 from jaxvlm.weights.families.connectors import connector_family
@@ -123,9 +123,11 @@ def copy_adapters(kept: Path, out: Path, base: str = "") -> None:
 
 
 def _peft_reasons(model: ModelConfig) -> list[str]:
-    reasons = []
     if not model.llm.lora.rank:
-        reasons.append("it has no adapters (llm.lora.rank = 0)")
+        return ["it has no adapters (llm.lora.rank = 0)"]
+    reasons = _common_reasons(model)
+    if not reasons and (joined := joined_modules(model.llm)):
+        reasons.append(f"the base holds {' and '.join(joined)} as one matrix, whose parts have adapters of their own")
     if model.connector.kind != "mlp2x_gelu" or model.connector.row_end or model.connector.input_norm:
         reasons.append("the adapters are for a llava-hf model, and this one's connector has no class there")
     return reasons

@@ -175,6 +175,9 @@ def _open_adapted(
             f"{folder} is of the format {found.format.name}, its base {under.path} of {under.format.name}."
         )
 
+    if found.config.llm.tie_embeddings:
+        lora.require_untied(adapters)
+
     def key(name: str) -> tuple[str, str]:
         """By which differently spelt names are told to be one tensor's: its place, and the name in the table there."""
         place, rest = found.format.split_name(name) or ("", name)
