@@ -36,8 +36,8 @@ class Target:
     """A form that models are exported in.
 
     `reasons(model, prompt)`: why this model cannot be; empty if it can. `rename(model, part, name)`: a tensor's name
-    there, from its name in the part's table. `files`: writes what stands beside the tensors. `image_token`: whether the
-    tokenizer needs `<image>`.
+    there, from its name in the part's table, behind 'FOLDER/' if it is kept in a folder of its own. `files`: writes what
+    stands beside the tensors. `image_token`: whether the tokenizer needs `<image>`.
     """
 
     reasons: Callable[[ModelConfig, PromptConfig], list[str]]
@@ -81,7 +81,13 @@ def export(
         if tokenizer.image_id >= rows:
             rows = -(-(tokenizer.image_id + 1) // 64) * 64  # whole tiles, as on the hub
         tensors = list(_tensors(params, model, target, rows, dtype))
-        write_shards(tensors, folder, shard_bytes)
+        places: dict[str, list[Tensor]] = {}
+        for tensor in tensors:
+            place, _, name = tensor.name.rpartition("/")
+            places.setdefault(place, []).append(dataclasses.replace(tensor, name=name))
+        for place, held in places.items():
+            (folder / place).mkdir(exist_ok=True)
+            write_shards(held, folder / place, shard_bytes)
         target.files(model, prompt, tokenizer, rows, str(tensors[-1].dtype), folder)
     return Path(out)
 
