@@ -189,8 +189,8 @@ def test_what_can_only_be_merged(base, tmp_path):
         ({"bias": "lora_only"}, "bias = 'lora_only'"),
         ({"peft_type": "IA3"}, "peft_type 'IA3'"),
         ({"r": 5}, "no half of an adapter of rank 5"),
-        ({"r": None}, "adapter_config.json: r = None is not a positive number"),
-        ({"lora_alpha": "6"}, "adapter_config.json: lora_alpha = '6' is not a positive number"),
+        ({"r": None}, "adapter_config.json: r is None, and has to be a whole number"),
+        ({"lora_alpha": "6"}, "adapter_config.json: lora_alpha is '6', and has to be a number"),
     ],
 )
 def test_other_adapters_are_refused_by_name(base, tmp_path, settings, message):

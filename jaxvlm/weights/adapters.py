@@ -24,7 +24,7 @@ from jaxvlm.weights import axes as layout
 from jaxvlm.weights.families import describe_decoder
 from jaxvlm.weights.families.base import Family, Rule
 from jaxvlm.weights.families.connectors import connector_family
-from jaxvlm.weights.hf_config import read_json
+from jaxvlm.weights.hf_config import checked, explained, read_json
 from jaxvlm.weights.readers import Index, TensorSource, WeightsError, open_source
 from jaxvlm.weights.tensors_out import part_tensors, write_shards
 
@@ -73,8 +73,8 @@ class Adapters:
 
 def read_adapters(folder: Path) -> Adapters:
     """Raises `WeightsError` for adapters that are not plain LoRA, naming the setting or the tensors."""
-    config = read_json(folder / CONFIG)
     where = folder / CONFIG
+    config = checked(read_json(where), where)
     if config.get("peft_type", "LORA") != "LORA":
         raise WeightsError(f"{where}: peft_type '{config['peft_type']}' is not supported; LORA is.")
     for key, what in _UNSUPPORTED.items():
@@ -97,7 +97,9 @@ def read_adapters(folder: Path) -> Adapters:
     file = next((folder / name for name in FILES if (folder / name).is_file()), None)
     if file is None:
         raise WeightsError(f"{folder} has an {CONFIG} but none of {', '.join(FILES)}. Get the file that is missing.")
-    source, (rank, alpha) = open_source(file), _scale(config, where)
+    with explained(where):
+        rank = config["r"]
+    source, alpha = open_source(file), config.get("lora_alpha", rank) * (rank**0.5 if config.get("use_rslora") else 1.0)
     modules, rest = _modules(source, rank)
     saved = tuple(f".{module}." for module in config.get("modules_to_save") or [])
 
@@ -118,16 +120,6 @@ def read_adapters(folder: Path) -> Adapters:
     others: list[TensorSource] = [Only(source, rest)] if rest else []
     others += [open_source(folder / OTHERS)] if (folder / OTHERS).is_file() else []
     return Adapters(folder, source, rank, alpha, modules, others, config.get("base_model_name_or_path") or "")
-
-
-def _scale(config: dict, where: Path) -> tuple[int, float]:
-    """(rank, alpha), such that the update is B A alpha / rank."""
-    rank = config.get("r")
-    alpha = config.get("lora_alpha", rank)
-    for key, value in (("r", rank), ("lora_alpha", alpha)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise WeightsError(f"{where}: {key} = {value!r} is not a positive number. Get the file again.")
-    return int(rank), float(alpha) * (rank**0.5 if config.get("use_rslora") else 1.0)
 
 
 def _of_base(name: str) -> str:

@@ -161,7 +161,7 @@ def _open_adapted(
 ) -> Opened:
     """Adapters, LLaVA's folders with their own config.json and projector included, on the model they belong to."""
     adapters = lora.read_adapters(folder)
-    if not base and not Path(adapters.base).expanduser().is_dir():
+    if not base and not (adapters.base and Path(adapters.base).expanduser().is_dir()):
         raise WeightsError(
             f"{folder} holds adapters; they were trained on '{adapters.base or 'a model that it does not name'}'. "
             "Get that model and give its folder: --base PATH (base=PATH in Python)."
