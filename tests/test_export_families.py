@@ -7,15 +7,16 @@ import hf_copy
 import numpy as np
 import pytest
 from model_helpers import assert_same, inputs, logits, relative_error
-from model_helpers import prompt as a_prompt
 from parity_log import record_parity
 from safetensors.numpy import load_file
 from weights_helpers import tokenizer_folder
 
 from jaxvlm.config import ConnectorConfig, LLMConfig, ModelConfig, PromptConfig, RopeScalingConfig, VisionConfig
 from jaxvlm.data.tiles import image_plan, tiling
+from jaxvlm.infer import decoding
+from jaxvlm.infer.engine import load
 from jaxvlm.main import main
-from jaxvlm.weights import export, import_model, load_any
+from jaxvlm.weights import export, load_any
 from jaxvlm.weights.families import known
 from jaxvlm.weights.families.hf_towers import describe_tower
 from jaxvlm.weights.saved import save_model
@@ -76,13 +77,11 @@ def tokenizer(tmp_path_factory):
     return str(tokenizer_folder(tmp_path_factory.mktemp("tokenizer")))
 
 
-def theirs(folder, tokens, index, pixels, vision, **more):
-    model, info = getattr(transformers, more.pop("name", "LlavaForConditionalGeneration")).from_pretrained(
-        folder, output_loading_info=True, dtype=torch.float32
-    )
+def loaded(folder, name="LlavaForConditionalGeneration"):
+    """transformers' model of a folder that has exactly its keys."""
+    model, info = getattr(transformers, name).from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    with torch.no_grad():
-        return model.eval()(**inputs(tokens, index, pixels, vision, IMAGE), **more).logits[0].numpy()
+    return model.eval()
 
 
 def check(error, name):
@@ -90,8 +89,23 @@ def check(error, name):
     record_parity(name, "export", error)
 
 
+def a_request(text: str, images: int, seed: int) -> dict:
+    pictures = np.random.default_rng(seed).integers(0, 256, (images, SIDE, SIDE, 3)).astype(np.uint8)
+    return {"messages": [{"role": "user", "content": text}], "images": list(pictures)}
+
+
+# Prompts of several lengths, with one image, two and none.
+REQUESTS = (
+    a_request("<image>\nw3 w4", 1, 0),
+    a_request("<image> w5 w6 <image> w7 w8 w9 w10 w11", 2, 1),
+    a_request("w12", 0, 2),
+)
+ANSWER = 12  # tokens: longer than any window above, and more than 16 positions from the prompt's start
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_transformers_computes_what_is_exported(tokenizer, tmp_path, name):
+def test_transformers_computes_what_is_exported(tokenizer, tmp_path, monkeypatch, name):
+    """It loads without a missing key, and so do we; then the same logits, and the same greedy answers token for token."""
     vision, llm = CASES[name]
     model = ModelConfig(vision, CONNECTORS.get(name, ConnectorConfig()), llm, dtype="float32", remat="none")
     params = hf_copy.random_params(model)
@@ -99,12 +113,29 @@ def test_transformers_computes_what_is_exported(tokenizer, tmp_path, name):
     config = json.loads((out / "config.json").read_text())
     expected = {"llama3": "llama", "smollm": "llama", "gemma3": "gemma3_text"}
     assert config["text_config"]["model_type"] == expected.get(name.split(",")[0], name.split(",")[0])
-    again, back = import_model(out)
-    assert dataclasses.replace(again, dtype="float32", remat="none") == model
-    assert_same(back, params)
+    ours, hf = load(out), loaded(out)
+    assert ours.config == model
+    assert_same(ours.params, params)
 
-    case = a_prompt(vision.num_tokens)
-    check(relative_error(logits(model, params, *case), theirs(out, *case, vision)), name)
+    def kept(*args):  # the logits of each prompt's last token, from which the answer starts
+        logits, cache = prefill(*args)
+        first.append(np.asarray(logits))
+        return logits, cache
+
+    prefill, first = decoding.prefill, []
+    monkeypatch.setattr(decoding, "prefill", kept)
+    prompts, errors = [ours._prompt(request, i) for i, request in enumerate(REQUESTS)], []
+    answers = ours._answer(prompts, len(prompts), ANSWER, 0.0, 1.0, 0)
+    for one, values, answer in zip(prompts, first[0], answers, strict=True):
+        pixels = np.stack(one.images) if one.images else np.zeros((0, SIDE, SIDE, 3), np.uint8)
+        fed = inputs(one.tokens, one.visual_index, pixels, vision, IMAGE)
+        fed = fed if one.images else {key: value for key, value in fed.items() if key != "pixel_values"}
+        ends = {"eos_token_id": list(ours.end_ids), "pad_token_id": 0}
+        with torch.no_grad():
+            errors.append(relative_error(values, hf(**fed).logits[0, -1]))
+            written = hf.generate(**fed, do_sample=False, max_new_tokens=ANSWER, **ends)[0, len(one.tokens) :]
+        assert answer == written.tolist()
+    check(max(errors), name)
 
 
 @pytest.mark.parametrize("vision", [CLIP, SIGLIP], ids=["clip", "siglip"])
@@ -132,8 +163,9 @@ def test_llava_next(tokenizer, tmp_path, vision):
     index[ids == IMAGE] = plan.index
     pixels = batch["pixel_values"][0].numpy().transpose(0, 2, 3, 1)
     pixels = np.round((pixels * np.array(vision.std) + np.array(vision.mean)) * 255).clip(0, 255).astype(np.uint8)
-    name = "LlavaNextForConditionalGeneration"
-    want = theirs(tmp_path / "out", ids, index, pixels, vision, name=name, image_sizes=batch["image_sizes"])
+    hf = loaded(tmp_path / "out", "LlavaNextForConditionalGeneration")
+    with torch.no_grad():
+        want = hf(**inputs(ids, index, pixels, vision, IMAGE), image_sizes=batch["image_sizes"]).logits[0]
     check(relative_error(logits(model, params, ids.astype(np.int32), index, pixels), want), "llava-next-hf")
 
 
