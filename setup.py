@@ -67,6 +67,7 @@ EXTRAS["test"] = [
     # The oracle of the numeric tests. Pinned: tolerances are measured against one version, and an unpinned
     # torch brings its newest CUDA build, several GB.
     "torch==2.13.0",
+    "peft==0.19.1",  # loads the adapters that we write, and writes those that we read
 ]
 EXTRAS["dev"] = [
     *EXTRAS["test"],

@@ -208,8 +208,11 @@ def import_checkpoint(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of what no checkpoint has")
     options = vars(parser.parse_intermixed_args(argv))
+    from jaxvlm.data.conversation import get_template
     from jaxvlm.weights.convert import convert
 
+    if options["template"]:
+        get_template(options["template"])
     paths, dry_run = options.pop("paths"), options["dry_run"]
     if options["vision"] and options["llm"] and not (paths[1:] or (dry_run and paths and Path(paths[0]).exists())):
         paths = ["", *paths]  # the parts alone

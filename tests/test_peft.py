@@ -1,7 +1,7 @@
 """LoRA folders of PEFT and of LLaVA: as leaves of their own, merged, written again; the names are PEFT's, by hand.
 
-PEFT itself is not needed: an adapter is W + B A alpha / r (Hu et al. 2021), and its file's names are the base's modules
-behind `base_model.model.`.
+An adapter is W + B A alpha / r (Hu et al. 2021), and its file's names are the base's modules behind `base_model.model.`.
+PEFT itself is asked in test_peft_package.py.
 """
 
 import dataclasses
@@ -186,9 +186,11 @@ def test_what_can_only_be_merged(base, tmp_path):
         ({"use_dora": True}, "use_dora = True .DoRA."),
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
         ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),
-        ({"bias": "all"}, "bias = 'all'"),
+        ({"bias": "lora_only"}, "bias = 'lora_only'"),
         ({"peft_type": "IA3"}, "peft_type 'IA3'"),
         ({"r": 5}, "no half of an adapter of rank 5"),
+        ({"r": None}, "adapter_config.json: r is None, and has to be a whole number"),
+        ({"lora_alpha": "6"}, "adapter_config.json: lora_alpha is '6', and has to be a number"),
     ],
 )
 def test_other_adapters_are_refused_by_name(base, tmp_path, settings, message):
@@ -205,7 +207,7 @@ def test_strange_and_missing_tensors(base, tmp_path):
         import_model(folder, base=str(base))
     pair = [name for name in tensors if "layers.1.mlp.up_proj" in name]
     write(folder, {name: value for name, value in tensors.items() if name not in pair})
-    with pytest.raises(WeightsError, match="Missing from the file, 2:(.|\n)*layers.1.mlp.up_proj.lora_A.weight"):
+    with pytest.raises(WeightsError, match="Missing from the file, 2:(.|\n)*up_proj.lora_A.weight(.|\n)*--merge"):
         import_model(folder, base=str(base))
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(WeightsError, match="none of adapter_model.safetensors"):
@@ -281,3 +283,8 @@ def test_joined_projections_share_their_first_matrix(tmp_path):
     model = ModelConfig(llm=llm)
     wanted = {p: leaf.shape for p, leaf in flatten_dict(abstract_params(model)["llm"], sep="/").items() if "lora_" in p}
     assert {path: value.shape for path, value in values.items()} == wanted
+    phi3 = dataclasses.replace(model, llm=dataclasses.replace(llm, rope_fraction=0.5))  # nothing but a Phi-3
+    keep_adapters({}, phi3, tmp_path / "kept")  # at the end of a run, which they must not cost its model
+    assert not (tmp_path / "kept").exists()
+    with pytest.raises(WeightsError, match="qkv_proj and gate_up_proj as one matrix.*Use --format llava-hf"):
+        export({}, phi3, PromptConfig(), tmp_path / "out", "peft")

@@ -24,7 +24,7 @@ from jaxvlm.weights import axes as layout
 from jaxvlm.weights.families import describe_decoder
 from jaxvlm.weights.families.base import Family, Rule
 from jaxvlm.weights.families.connectors import connector_family
-from jaxvlm.weights.hf_config import read_json
+from jaxvlm.weights.hf_config import checked, explained, read_json
 from jaxvlm.weights.readers import Index, TensorSource, WeightsError, open_source
 from jaxvlm.weights.tensors_out import part_tensors, write_shards
 
@@ -44,14 +44,22 @@ _UNSUPPORTED = {
     "trainable_token_indices": "trained rows of the embedding",
     "fan_in_fan_out": "transposed kernels",
     "lora_bias": "biases in the adapters",
+    "target_parameters": "adapters on parameters that are no module's weight",
+    "use_qalora": "QA-LoRA",
+    "use_bdlora": "block-diagonal matrices",
+    "alora_invocation_tokens": "adapters that wait for a phrase",
+    "arrow_config": "several adapters at once",
 }
+# Starts of `init_lora_weights` that take the adapter's first value out of the base, which PEFT does again as it loads.
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_VOCABULARY = ("embed_tokens.weight", "lm_head.weight")  # saved beside the adapters if tokens were added
 
 
 @dataclass(frozen=True)
 class Adapters:
     """`modules`: {module of the base, as its tensor without '.weight': (name of A [r, in], name of B [out, r])}.
 
-    `others`: tensors that replace the base's: PEFT's `modules_to_save`, LLaVA's projector.
+    `others`: tensors that replace the base's: PEFT's `modules_to_save`, biases and embeddings, LLaVA's projector.
     """
 
     folder: Path
@@ -65,8 +73,8 @@ class Adapters:
 
 def read_adapters(folder: Path) -> Adapters:
     """Raises `WeightsError` for adapters that are not plain LoRA, naming the setting or the tensors."""
-    config = read_json(folder / CONFIG)
     where = folder / CONFIG
+    config = checked(read_json(where), where)
     if config.get("peft_type", "LORA") != "LORA":
         raise WeightsError(f"{where}: peft_type '{config['peft_type']}' is not supported; LORA is.")
     for key, what in _UNSUPPORTED.items():
@@ -75,16 +83,36 @@ def read_adapters(folder: Path) -> Adapters:
                 f"{where}: {key} = {config[key]!r} ({what}) is not supported. Merge the adapters with PEFT first "
                 "(merge_and_unload) and import the result."
             )
-    if config.get("bias", "none") != "none":
-        raise WeightsError(f"{where}: bias = '{config['bias']}' is not supported: the base's biases would be wrong.")
+    start = str(config.get("init_lora_weights", True)).lower()
+    if start.startswith(_CHANGE_THE_BASE):
+        raise WeightsError(
+            f"{where}: init_lora_weights = '{start}' changes the base's weights too, so the adapters alone do not say what "
+            "the model is. Save them from PEFT with path_initial_model_for_weight_conversion, or merge them there first."
+        )
+    biases = config.get("bias", "none")
+    if biases not in ("none", "all"):
+        raise WeightsError(
+            f"{where}: bias = '{biases}' is not supported: PEFT does not save the biases that it trained."
+        )
     file = next((folder / name for name in FILES if (folder / name).is_file()), None)
     if file is None:
         raise WeightsError(f"{folder} has an {CONFIG} but none of {', '.join(FILES)}. Get the file that is missing.")
-    source, rank = open_source(file), config["r"]
-    alpha = float(config.get("lora_alpha", rank)) * (rank**0.5 if config.get("use_rslora") else 1.0)
+    with explained(where):
+        rank = config["r"]
+    source, alpha = open_source(file), config.get("lora_alpha", rank) * (rank**0.5 if config.get("use_rslora") else 1.0)
     modules, rest = _modules(source, rank)
-    saved = config.get("modules_to_save") or []
-    if strange := [name for name in rest if not set(name.split(".")) & set(saved)]:
+    saved = tuple(f".{module}." for module in config.get("modules_to_save") or [])
+
+    def whole(name: str) -> bool:
+        """Whether this is a tensor of the base's, trained as it is."""
+        plain = _of_base(name)
+        return (
+            any(module in f".{plain}" for module in saved)
+            or (biases == "all" and plain.endswith(".bias"))
+            or plain.endswith(_VOCABULARY)
+        )
+
+    if strange := [name for name in rest if not whole(name)]:
         listed = ", ".join(strange[:8]) + (", ..." if len(strange) > 8 else "")
         raise WeightsError(
             f"{file}: these are no pairs of LoRA matrices: {listed}. Merge the adapters with PEFT first."
@@ -92,6 +120,23 @@ def read_adapters(folder: Path) -> Adapters:
     others: list[TensorSource] = [Only(source, rest)] if rest else []
     others += [open_source(folder / OTHERS)] if (folder / OTHERS).is_file() else []
     return Adapters(folder, source, rank, alpha, modules, others, config.get("base_model_name_or_path") or "")
+
+
+def _of_base(name: str) -> str:
+    """The base's name of a tensor: without what PEFT puts before it, and into it where a module has an adapter."""
+    return name.removeprefix(PREFIX).replace(".base_layer.", ".")
+
+
+def require_untied(adapters: Adapters) -> None:
+    """Raises `WeightsError` for adapters that change the embedding or the head of a model that has both in one."""
+    names = [f"{module}.weight" for module in adapters.modules] + [
+        n for other in adapters.others for n in other.names()
+    ]
+    if changed := [name for name in names if _of_base(name).endswith(_VOCABULARY)]:
+        raise WeightsError(
+            f"{adapters.folder} changes {', '.join(changed)}, and the base's head is its embedding "
+            "(tie_word_embeddings), so the result would be another model. Merge the adapters with PEFT first and untie it."
+        )
 
 
 def _modules(source: TensorSource, rank: int) -> tuple[dict[str, tuple[str, str]], list[str]]:
@@ -176,6 +221,12 @@ def _module(rule: Rule) -> str:
     return rule.names[0].removesuffix(".weight")
 
 
+def joined_modules(config: LLMConfig) -> list[str]:
+    """The modules that hold several adapted projections in one matrix, whose adapters PEFT has no form for."""
+    rules = lora_family(describe_decoder(config)[0], config).rules
+    return list(dict.fromkeys(rule.names[0].split(".lora_")[0].rpartition(".")[2] for rule in rules if rule.slots))
+
+
 def write_adapters(params: dict, model: ModelConfig, out: Path, base: str = "", dtype: Any = None) -> None:
     """A folder that PEFT loads onto the llava-hf form of the model, as transformers has it in memory since 4.52.
 
@@ -184,12 +235,6 @@ def write_adapters(params: dict, model: ModelConfig, out: Path, base: str = "", 
     """
     config = model.llm
     table = lora_family(describe_decoder(config)[0], config)
-    for rule in table.rules:
-        if rule.slots:
-            raise WeightsError(
-                f"The base holds {rule.names[0].split('.lora_')[0]} as one matrix, and the adapters on its parts are not "
-                "one of its own. Export the merged model: --format llava-hf."
-            )
     flat = {path: leaf for path, leaf in flatten_dict(params["llm"], sep="/").items() if "/lora_" in path}
     tensors = [
         dataclasses.replace(tensor, name=f"{PREFIX}model.language_model.{tensor.name}")
@@ -268,7 +313,7 @@ class Merged:
 class Overlay:
     """Several checkpoints as one; a tensor that more than one has, told by `key` of its name, is read from the first.
 
-    What PEFT puts in front of a name is taken off.
+    What PEFT adds to a name is taken off.
     """
 
     def __init__(self, key: Callable[[str], Any], *sources: TensorSource):
@@ -276,7 +321,7 @@ class Overlay:
         self._where: dict[str, tuple[TensorSource, str]] = {}
         seen = set()
         for source in sources:
-            mine = {name.removeprefix(PREFIX): (source, name) for name in source.names()}
+            mine = {_of_base(name): (source, name) for name in source.names()}
             self._where |= {name: place for name, place in mine.items() if key(name) not in seen}
             seen |= {key(name) for name in mine}
 

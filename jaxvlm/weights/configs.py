@@ -17,7 +17,7 @@ from jaxvlm.weights.families.llava import LLAVA_HF
 from jaxvlm.weights.families.llava_original import LLAVA_ORIGINAL
 from jaxvlm.weights.families.prismatic import PRISMATIC
 from jaxvlm.weights.gguf_file import GGUFFile
-from jaxvlm.weights.hf_config import config_file, read_json
+from jaxvlm.weights.hf_config import checked, config_file, explained, read_json
 from jaxvlm.weights.readers import WeightsError, open_source
 from jaxvlm.weights.saved import run_folder
 
@@ -90,33 +90,40 @@ def config_folder(path: Path) -> Path | None:
 
 
 def _from_config(path: Path, folder: Path, vision: str) -> Found:
-    given = read_json(config_file(folder))
-    for form in FORMATS:
-        if form.recognise(given):
-            if vision and form.tower_key:
-                given = given | {form.tower_key: str(vision)}
-            return Found(
-                path, folder, "model", form.configure(given, folder), form.families(given, folder), form, given
-            )
-    kind = given.get("model_type")
-    given = tower_given(given)
-    family = BY_MODEL_TYPE.get(given.get("model_type"))
-    if family is None:
-        known = ", ".join(["llava", "llava_next", "llava_onevision", "clip", "siglip", *BY_MODEL_TYPE])
-        hint = HINTS.get(kind, "")
-        raise WeightsError(f"{folder}/config.json: model_type '{kind}' is not supported.{hint} Known: {known}.")
-    return Found(path, folder, family.part, family.configure(given, folder), {family.part: family}, None, given)
+    file = config_file(folder)
+    given = read_json(file)
+    for part in ("text_config", "vision_config"):
+        if not isinstance(given.get(part), dict | None):
+            raise WeightsError(f"{file}: {part} is {given[part]!r:.60}, and has to be an object. Get the file again.")
+    with explained(file):
+        for form in FORMATS:
+            if form.recognise(given):
+                if vision and form.tower_key:
+                    given = given | {form.tower_key: str(vision)}
+                families = form.families(given, folder)  # first, so that what is not supported is said to be that
+                return Found(path, folder, "model", form.configure(checked(given, file), folder), families, form, given)
+        kind = given.get("model_type")
+        given = tower_given(given)
+        family = BY_MODEL_TYPE.get(given.get("model_type"))
+        if family is not None:
+            config = family.configure(checked(given, file), folder)
+            return Found(path, folder, family.part, config, {family.part: family}, None, given)
+    known = ", ".join(["llava", "llava_next", "llava_onevision", "clip", "siglip", *BY_MODEL_TYPE])
+    hint = HINTS.get(kind, "")
+    raise WeightsError(f"{file}: model_type '{kind}' is not supported.{hint} Known: {known}.")
 
 
 def prompt_from(path: str | Path) -> PromptConfig:
     """How the model at `path` is prompted: what its format says, and otherwise LLaVA-1.5's settings."""
     folder = config_folder(Path(path).expanduser())
     given = read_json(config_file(folder)) if folder else {}
-    form = next((form for form in FORMATS if form.recognise(given)), None)
+    with explained(folder and config_file(folder)):
+        form = next((form for form in FORMATS if form.recognise(given)), None)
     if form is None:
         raise WeightsError(f"{path} is no vision-language model, so it does not say how one is prompted.")
     return prompt_of(form, given, folder)
 
 
 def prompt_of(form: Format, given: dict, folder: Path) -> PromptConfig:
-    return PromptConfig(**{"tokenizer": str(folder), **form.prompt(given, folder)})
+    with explained(config_file(folder)):
+        return PromptConfig(**{"tokenizer": str(folder), **form.prompt(given, folder)})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 from jaxvlm.weights.hf_config import read_json
@@ -91,10 +90,11 @@ def check_tokenizer(opened: Opened) -> None:
         vocab = values["model"]["vocab"]
         ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
         ids += [token["id"] for token in values.get("added_tokens", [])]
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        last = max(ids) + 0
+    except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{file} is not a tokenizer that can be read ({error!r}). Get it again.") from error
-    if max(ids) >= size:
+    if last >= size:
         raise WeightsError(
-            f"{file} goes up to token {max(ids)}, but the model's vocabulary has {size} tokens. It belongs to another "
+            f"{file} goes up to token {last}, but the model's vocabulary has {size} tokens. It belongs to another "
             "model: give the right one with --tokenizer FOLDER."
         )

@@ -21,7 +21,7 @@ from jaxvlm.config import LoRAConfig, ModelConfig, PromptConfig
 from jaxvlm.models.lora import merge_lora
 from jaxvlm.weights import hf_files, llava_files
 from jaxvlm.weights.adapters import CONFIG as ADAPTER_CONFIG
-from jaxvlm.weights.adapters import write_adapters
+from jaxvlm.weights.adapters import joined_modules, write_adapters
 from jaxvlm.weights.families import describe_decoder
 from jaxvlm.weights.families.base import Family
 from jaxvlm.weights.families.connectors import connector_family
@@ -36,8 +36,8 @@ class Target:
     """A form that models are exported in.
 
     `reasons(model, prompt)`: why this model cannot be; empty if it can. `rename(model, part, name)`: a tensor's name
-    there, from its name in the part's table. `files`: writes what stands beside the tensors. `image_token`: whether the
-    tokenizer needs `<image>`.
+    there, from its name in the part's table, behind 'FOLDER/' if it is kept in a folder of its own. `files`: writes what
+    stands beside the tensors. `image_token`: whether the tokenizer needs `<image>`.
     """
 
     reasons: Callable[[ModelConfig, PromptConfig], list[str]]
@@ -81,7 +81,13 @@ def export(
         if tokenizer.image_id >= rows:
             rows = -(-(tokenizer.image_id + 1) // 64) * 64  # whole tiles, as on the hub
         tensors = list(_tensors(params, model, target, rows, dtype))
-        write_shards(tensors, folder, shard_bytes)
+        places: dict[str, list[Tensor]] = {}
+        for tensor in tensors:
+            place, _, name = tensor.name.rpartition("/")
+            places.setdefault(place, []).append(dataclasses.replace(tensor, name=name))
+        for place, held in places.items():
+            (folder / place).mkdir(exist_ok=True)
+            write_shards(held, folder / place, shard_bytes)
         target.files(model, prompt, tokenizer, rows, str(tensors[-1].dtype), folder)
     return Path(out)
 
@@ -121,9 +127,11 @@ def copy_adapters(kept: Path, out: Path, base: str = "") -> None:
 
 
 def _peft_reasons(model: ModelConfig) -> list[str]:
-    reasons = []
     if not model.llm.lora.rank:
-        reasons.append("it has no adapters (llm.lora.rank = 0)")
+        return ["it has no adapters (llm.lora.rank = 0)"]
+    reasons = _common_reasons(model)
+    if not reasons and (joined := joined_modules(model.llm)):
+        reasons.append(f"the base holds {' and '.join(joined)} as one matrix, whose parts have adapters of their own")
     if model.connector.kind != "mlp2x_gelu" or model.connector.row_end or model.connector.input_norm:
         reasons.append("the adapters are for a llava-hf model, and this one's connector has no class there")
     return reasons

@@ -161,7 +161,7 @@ def _open_adapted(
 ) -> Opened:
     """Adapters, LLaVA's folders with their own config.json and projector included, on the model they belong to."""
     adapters = lora.read_adapters(folder)
-    if not base and not Path(adapters.base).expanduser().is_dir():
+    if not base and not (adapters.base and Path(adapters.base).expanduser().is_dir()):
         raise WeightsError(
             f"{folder} holds adapters; they were trained on '{adapters.base or 'a model that it does not name'}'. "
             "Get that model and give its folder: --base PATH (base=PATH in Python)."
@@ -174,6 +174,9 @@ def _open_adapted(
         raise WeightsError(
             f"{folder} is of the format {found.format.name}, its base {under.path} of {under.format.name}."
         )
+
+    if found.config.llm.tie_embeddings:
+        lora.require_untied(adapters)
 
     def key(name: str) -> tuple[str, str]:
         """By which differently spelt names are told to be one tensor's: its place, and the name in the table there."""

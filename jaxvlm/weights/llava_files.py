@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 from jaxvlm.config import ModelConfig, PromptConfig, VisionConfig
-from jaxvlm.weights.families import BY_MODEL_TYPE, describe_decoder
+from jaxvlm.weights.families import describe_decoder
 from jaxvlm.weights.families.hf_towers import describe_tower
 from jaxvlm.weights.families.known import TOWERS
 from jaxvlm.weights.hf_files import TokenizerFacts, generation_config, image_processor, text_config, tile_grids, write
@@ -42,8 +43,9 @@ def reasons(model: ModelConfig, prompt: PromptConfig) -> list[str]:
 
 
 def rename(model: ModelConfig, part: str, name: str) -> str:
-    if part == "vision":
-        return f"model.vision_tower.vision_tower.vision_model.{name}"
+    if part == "vision":  # a tower without a name on the hub is loaded from a folder, whole
+        prefix = "model.vision_tower.vision_tower." if _hub_name(model.vision) else f"{_TOWER}/"
+        return f"{prefix}vision_model.{name}"
     if part == "llm":
         return name if name.startswith("lm_head.") else f"model.{name}"
     if name == "newline":
@@ -57,9 +59,10 @@ def rename(model: ModelConfig, part: str, name: str) -> str:
 def write_configs(
     model: ModelConfig, prompt: PromptConfig, tokenizer: TokenizerFacts, vocab_size: int, dtype: str, out: Path
 ) -> None:
-    """config.json, generation_config.json and, for a tower that has no name on the hub, its config.json.
+    """config.json, generation_config.json and, for a tower that has no name on the hub, the rest of its folder.
 
-    The tower's weights are among the tensors, and `unfreeze_mm_vision_tower` has LLaVA's code load them from there.
+    The weights of a tower from the hub are among the tensors, and `unfreeze_mm_vision_tower` has LLaVA's code load them
+    from there. Any other's are in a folder, which that code looks for from where it is run.
     """
     vision, text = model.vision, text_config(model.llm, vocab_size, tokenizer)
     kind, architecture = _CLASSES[text["model_type"]]
@@ -68,7 +71,7 @@ def write_configs(
         "model_type": kind,
         "dtype": dtype,
         "torch_dtype": dtype,
-        "mm_vision_tower": _tower(vision, prompt, out),
+        "mm_vision_tower": _hub_name(vision) or _TOWER,
         "mm_hidden_size": vision.feature_width,
         "mm_projector_type": model.connector.kind,
         "mm_vision_select_layer": vision.feature_layers[0],
@@ -76,7 +79,7 @@ def write_configs(
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
         "use_mm_proj": True,
-        "unfreeze_mm_vision_tower": True,
+        "unfreeze_mm_vision_tower": _hub_name(vision) is not None,
         "tune_mm_mlp_adapter": False,
         "freeze_mm_mlp_adapter": False,
         "tokenizer_model_max_length": prompt.length,
@@ -93,17 +96,16 @@ def write_configs(
         values |= {"s2": True, "s2_scales": ",".join(str(vision.image_size * scale) for scale in vision.scales)}
     write(out / "config.json", values)
     write(out / "generation_config.json", generation_config(prompt, tokenizer))
+    if (out / _TOWER).is_dir():
+        write(out / _TOWER / "config.json", describe_tower(vision)[1] | {"architectures": ["CLIPVisionModel"]})
+        write(out / _TOWER / "preprocessor_config.json", image_processor(vision, "crop"))
 
 
-def _tower(vision: VisionConfig, prompt: PromptConfig, out: Path) -> str:
-    """The tower's name on the hub, or the folder written for it."""
-    given = describe_tower(vision)[1]
-    family = BY_MODEL_TYPE["clip_vision_model"]
-    wanted = family.configure(given, Path())
+def _hub_name(vision: VisionConfig) -> str | None:
+    """The name on the hub of a tower of this architecture, whose images are normalised in the same way."""
+    family, given = describe_tower(vision)
+    wanted = dataclasses.replace(family.configure(given, Path()), mean=vision.mean, std=vision.std)
     for name, known in TOWERS.items():
         if known["model_type"] == given["model_type"] and family.configure(known, Path()) == wanted:
             return name
-    (out / _TOWER).mkdir()
-    write(out / _TOWER / "config.json", given)
-    write(out / _TOWER / "preprocessor_config.json", image_processor(vision, "crop"))
-    return _TOWER
+    return None

@@ -267,6 +267,8 @@ def _complaint(piece: Piece, takes: list[str], faults: _Faults) -> str:
         lines.append("Quantised weights are not read (but for GGUF). Get the checkpoint that this one was made from.")
     if any(f"{piece.path}/embed/embedding" in entry for entry in faults.misshapen):
         lines.append("If the number of rows is right, correct vocab_size in config.json.")
+    if piece.family.name == "peft" and missing:
+        lines.append("Adapters on some of the layers only can be merged: --merge (merge=True).")
     if missing.keys() & {"lm_head.weight", "output.weight"}:
         lines.append("If the model uses its embedding as the head, set tie_embeddings = True.")
     return "\n".join(lines)

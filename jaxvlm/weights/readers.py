@@ -96,11 +96,17 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _open_file(path: Path) -> TensorSource:
+def require_content(path: Path) -> bytes:
+    """The first bytes of a file. Raises `WeightsError` for one whose content git has not fetched."""
     with path.open("rb") as file:
         head = file.read(40)
     if head.startswith(b"version https://git-lfs"):
-        raise WeightsError(f"{path} is a Git LFS pointer, not the weights. Run 'git lfs pull' in its folder.")
+        raise WeightsError(f"{path} is a Git LFS pointer, not the file itself. Run 'git lfs pull' in its folder.")
+    return head
+
+
+def _open_file(path: Path) -> TensorSource:
+    head = require_content(path)
     if head.startswith(b"GGUF"):
         from jaxvlm.weights.gguf_file import GGUFFile
 

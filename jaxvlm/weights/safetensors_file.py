@@ -48,8 +48,9 @@ class SafetensorsFile:
             header.pop("__metadata__", None)
             self._start = 8 + length
             self._tensors = {name: _checked(name, entry, size) for name, entry in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise WeightsError(f"{path} is not a complete safetensors file ({error}). Download it again.") from error
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+            why = error if isinstance(error, ValueError) else "its header is none"
+            raise WeightsError(f"{path} is not a complete safetensors file ({why}). Download it again.") from error
 
     def names(self) -> list[str]:
         return list(self._tensors)
@@ -87,7 +88,8 @@ class SafetensorsFile:
 def _checked(name: str, entry: dict, size: int) -> tuple[str, tuple[int, ...], int]:
     """(dtype, shape, first byte) of a tensor whose bytes lie within the file."""
     kind, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-    if not 0 <= start <= stop or min(shape, default=0) < 0:
+    whole = all(isinstance(number, int) for number in (*shape, start, stop))
+    if not whole or not 0 <= start <= stop or min(shape, default=0) < 0:
         raise ValueError(f"the header describes '{name}' in a form that safetensors does not write")
     if stop > size:
         raise ValueError(f"'{name}' ends {stop - size} bytes after the file")

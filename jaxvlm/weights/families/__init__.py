@@ -37,7 +37,9 @@ def part_family(part: str, model_type: str, folder: Path) -> Family:
         known = ", ".join(name for name, family in BY_MODEL_TYPE.items() if family.part == part)
         what = {"vision": "vision tower", "llm": "language model"}[part]
         hint = HINTS.get(model_type, "")
-        raise WeightsError(f"{folder}: a {what} of model_type '{model_type}' is not supported.{hint} Known: {known}.")
+        raise WeightsError(
+            f"{folder}/config.json: a {what} of model_type '{model_type}' is not supported.{hint} Known: {known}."
+        )
     return family
 
 

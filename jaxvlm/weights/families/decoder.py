@@ -96,7 +96,7 @@ def rope(
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in kinds:
         raise WeightsError(
-            f"{folder}: RoPE scaling of type '{kind}' is not supported here ({', '.join(kinds)} are); "
+            f"{folder}/config.json: RoPE scaling of type '{kind}' is not supported here ({', '.join(kinds)} are); "
             "the positions would be wrong."
         )
     theta = rope.get("rope_theta")

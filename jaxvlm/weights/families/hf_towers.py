@@ -34,11 +34,16 @@ def describe_tower(config: VisionConfig) -> tuple[Family, dict[str, Any]]:
         "hidden_act": HF_ACTIVATIONS[config.activation],
         "layer_norm_eps": config.norm_eps,
     }
+    swiglu = config.mlp == "swiglu"  # whose width is 2/3 of what the ratio says
+    ratio = round(1.5 * config.mlp_dim / config.width) if swiglu else config.mlp_dim // config.width
     candidates = (
         (CLIP, {"model_type": "clip_vision_model", "intermediate_size": config.mlp_dim}),
         # SigLIP's pooling head has no part in LLaVA.
         (SIGLIP, {"model_type": "siglip_vision_model", "intermediate_size": config.mlp_dim, "vision_use_head": False}),
-        (DINOV2, {"model_type": "dinov2", "mlp_ratio": config.mlp_dim // config.width, "use_mask_token": False}),
+        (
+            DINOV2,
+            {"model_type": "dinov2", "mlp_ratio": ratio, "use_swiglu_ffn": swiglu, "use_mask_token": False},
+        ),
     )
     differing = {}
     for family, values in candidates:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxvlm.weights.families import BY_MODEL_TYPE, Family, timm
-from jaxvlm.weights.hf_config import config_file, read_json
+from jaxvlm.weights.hf_config import checked, config_file, explained, read_json
 from jaxvlm.weights.readers import WeightsError
 
 
@@ -77,7 +77,12 @@ def tower(name: str, folder: Path) -> tuple[dict, Family, Path]:
             f"{folder}/config.json names the vision tower '{name}', which is neither a folder nor one that jaxvlm "
             f"knows ({known}). Download it and give its folder: --vision PATH (init.vision in a config)."
         )
-    config = tower_given(read_json(config_file(here))) if here else TOWERS[name]
+    if here is None:
+        config = TOWERS[name]
+    else:
+        file = config_file(here)
+        with explained(file):
+            config = checked(tower_given(read_json(file)), file)
     family = BY_MODEL_TYPE.get(config.get("model_type"))
     if family is None or family.part != "vision":
         raise WeightsError(f"{here or folder}: '{config.get('model_type')}' is not a vision tower that jaxvlm reads.")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxvlm.config import ConnectorConfig, ModelConfig
+from jaxvlm.models.vit import feature_states
 from jaxvlm.weights.families import part_family
 from jaxvlm.weights.families.base import Family, Format
 from jaxvlm.weights.families.connectors import mlp_name
@@ -87,18 +88,23 @@ def configure(given: dict, folder: Path) -> ModelConfig:
     vision = tables["vision"].configure(c["vision_config"], folder)
     layer, strategy = c["vision_feature_layer"], c["vision_feature_select_strategy"]
     layers = (layer,) if isinstance(layer, int) else tuple(layer)
+    if strategy not in ("default", "full"):
+        raise WeightsError(f"{folder}/config.json: vision_feature_select_strategy '{strategy}' is not default or full.")
     if strategy == "default" and not vision.class_token:
         raise WeightsError(
-            f"{folder}: vision_feature_select_strategy 'default' drops the first token, but this tower has no class "
+            f"{folder}/config.json: vision_feature_select_strategy 'default' drops the first token, but this tower has no class "
             "token, so a patch would be lost. Set it to 'full' if the model was trained on all patches."
         )
     if strategy == "full" and vision.num_registers:
-        raise WeightsError(f"{folder}: register tokens as visual tokens are not supported.")
+        raise WeightsError(f"{folder}/config.json: register tokens as visual tokens are not supported.")
     full = strategy == "full" and vision.class_token
     # LLaVA takes hidden states, which no final norm has touched.
     features = {"feature_layers": layers, "feature_norm": False, "feature_tokens": "cls_patch" if full else "patch"}
+    vision = dataclasses.replace(vision, **features)
+    if vision.kind == "vit":
+        feature_states(vision)  # raises for layers that there are not
     return ModelConfig(
-        vision=dataclasses.replace(vision, **features),
+        vision=vision,
         connector=ConnectorConfig(
             "mlp2x_gelu",
             activation=activation(c["projector_hidden_act"], folder),
@@ -126,7 +132,9 @@ def prompt(given: dict, folder: Path) -> dict[str, Any]:
 def grids(pinpoints: list, size: int, folder: Path) -> tuple[tuple[int, int], ...]:
     """Resolutions (height, width) as (rows, columns) of tiles."""
     if any(height % size or width % size for height, width in pinpoints):
-        raise WeightsError(f"{folder}: image_grid_pinpoints {pinpoints} are not whole tiles of {size} pixels.")
+        raise WeightsError(
+            f"{folder}/config.json: image_grid_pinpoints {pinpoints} are not whole tiles of {size} pixels."
+        )
     return tuple((height // size, width // size) for height, width in pinpoints)
 
 
@@ -134,7 +142,9 @@ def max_tiles(aspect_ratio: str, folder: Path) -> int:
     """9 of 'anyres_max_9', 0 of plain 'anyres'."""
     found = re.fullmatch(r"anyres(_max_(\d+))?", aspect_ratio)
     if not found:
-        raise WeightsError(f"{folder}: the image aspect ratio '{aspect_ratio}' is not supported; anyres_max_N is.")
+        raise WeightsError(
+            f"{folder}/config.json: the image aspect ratio '{aspect_ratio}' is not supported; anyres_max_N is."
+        )
     return int(found[2] or 0)
 
 

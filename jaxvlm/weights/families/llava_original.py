@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxvlm.config import ConnectorConfig, ModelConfig
+from jaxvlm.models.vit import feature_states
 from jaxvlm.weights.families import part_family
 from jaxvlm.weights.families.base import Family, Format
 from jaxvlm.weights.families.connectors import mlp_name
@@ -69,16 +70,22 @@ def configure(given: dict, folder: Path) -> ModelConfig:
     values, family, where = tower(c["mm_vision_tower"], folder)
     vision = family.configure(values, where)
     scales = sorted(int(size) for size in str(c["s2_scales"]).split(",")) if c["s2"] else [vision.image_size]
+    if scales[0] < vision.patch_size or any(size % scales[0] for size in scales):
+        raise WeightsError(f"{folder}/config.json: s2_scales '{c['s2_scales']}' are not multiples of a whole image.")
+    tokens = c["mm_vision_select_feature"]
+    if tokens not in ("patch", "cls_patch"):
+        raise WeightsError(f"{folder}/config.json: mm_vision_select_feature '{tokens}' is not patch or cls_patch.")
     vision = dataclasses.replace(
         vision,
         image_size=scales[0],
         scales=tuple(size // scales[0] for size in scales),
         feature_layers=(c["mm_vision_select_layer"],),
         feature_norm=False,
-        feature_tokens="cls_patch" if c["mm_vision_select_feature"] == "cls_patch" else "patch",
+        feature_tokens=tokens,
     )
+    feature_states(vision)  # raises for layers that there are not
     kind = c["mm_projector_type"]
-    if not re.fullmatch(r"linear|mlp[1-9]\d*x_gelu", kind):
+    if not re.fullmatch(r"linear|mlp[1-9]\d?x_gelu", kind):
         raise WeightsError(
             f"{folder}/config.json: mm_projector_type '{kind}' is not supported; linear, mlpNx_gelu are."
         )

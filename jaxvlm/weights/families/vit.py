@@ -58,7 +58,7 @@ def square(c: dict, key: str, folder: Path) -> int:
     """The one number of `image_size` or `patch_size`, which may be a list of equal ones."""
     sizes = {c[key]} if isinstance(c[key], int) else set(c[key])
     if len(sizes) != 1:
-        raise WeightsError(f"{folder}: {key} {c[key]} is not square.")
+        raise WeightsError(f"{folder}/config.json: {key} {c[key]} is not square.")
     return sizes.pop()
 
 
