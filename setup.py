@@ -24,6 +24,7 @@ BASE = [
     "ml_collections>=1.1",  # config files and their command-line overrides
     "absl-py>=2.1",  # the flags under ml_collections' overrides
     "tokenizers>=0.22",  # text to tokens with character offsets, from a tokenizer.json
+    "jinja2>=3.1.6",  # chat templates that come with tokenizers; older ones have known ways out of its sandbox
     # The other end of import and export: processors and configs in Hugging Face's form, and tokenizers
     # without a tokenizer.json (SentencePiece models). Version 5: 4 has other file names and parameter names.
     "transformers>=5,<6",

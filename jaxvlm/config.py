@@ -247,11 +247,9 @@ class PromptConfig:
     """How a conversation and its images become tokens. Saved with every model; training and inference share it."""
 
     tokenizer: str = ""  # folder with a tokenizer.json
-    template: str = "vicuna_v1"
-    # naive | crop | letterbox: one tile; letterbox_unpad: without the tokens of its bars, which an SVA does not look at
-    # either; anyres | hd: a global view and a grid of tiles
-    transform: str = "letterbox"
-    grids: tuple[tuple[int, int], ...] = ()  # anyres, hd: the (rows, columns) of tiles to choose from; () is its own
+    template: str = "vicuna_v1"  # a name of `jaxvlm.templates`, or `tokenizer`: the tokenizer's own chat template
+    transform: str = "letterbox"  # naive | crop | letterbox[_unpad], or tiled: anyres[_max_9] | hd[224] (docs/data.md)
+    grids: tuple[tuple[int, int], ...] = ()  # where tiled: the (rows, columns) of tiles to choose from; () is its own
     max_tiles: int = 0  # `anyres_max_N`: a grid of more than N tiles' tokens is scaled down to that; 0 is no limit
     tile_several: bool = True  # False (OneVision): of several images in a conversation each is one letterboxed tile
     layout: str = "llava"  # llava | prismatic | hf | images_first
@@ -277,6 +275,7 @@ class SourceConfig:
     keep: tuple[str, ...] = ()  # the sources inside the mix to use; () is all
     text_only: bool = True  # use records without an image too
     format_prompts: bool = True  # False: without the sentences that ask for a form of answer
+    boxes: str = ""  # frame of `[x1, y1, x2, y2]` in texts: original | square | mix (each source's own); '' leaves them
 
 
 @dataclass(frozen=True)

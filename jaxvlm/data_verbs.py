@@ -207,8 +207,8 @@ def _viewer(stage: Chosen):
     from jaxvlm.data.tokenizer import Tokenizer
     from jaxvlm.data.tools.samples import Viewer
 
-    get_template(stage.prompt.template)
     if not stage.prompt.tokenizer:
+        get_template(stage.prompt.template)
         return Viewer(stage.prompt.template, stage.prompt.layout)
     tokenizer = Tokenizer(stage.prompt.tokenizer)
     check_template(tokenizer, stage.prompt.template)

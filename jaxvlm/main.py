@@ -202,7 +202,9 @@ def import_checkpoint(argv: Sequence[str]) -> None:
     parser.add_argument("--base", default="", metavar="FOLDER", help="the model that the adapters in PATH belong to")
     parser.add_argument("--merge", action="store_true", help="add adapters to the weights that they adapt")
     parser.add_argument("--tokenizer", default="", metavar="FOLDER", help="where the tokenizer.json is, if not in PATH")
-    parser.add_argument("--template", default="", metavar="NAME", help="the conversation template, as in vicuna_v1")
+    parser.add_argument(
+        "--template", default="", metavar="NAME", help="as in vicuna_v1; tokenizer: the tokenizer's own"
+    )
     parser.add_argument(
         "--dtype", default="", choices=["", "float32", "bfloat16", "float16"], help="default: as in PATH"
     )

@@ -34,7 +34,7 @@ ROOMS = {
     "datagen": {"data"},
     "serve": {"infer"},
 }
-LEAVES = {"config", "html", "progress"}
+LEAVES = {"config", "html", "progress", "templates"}
 # Files at the top of the package: the command line and the main job see everything, the leaves see nothing.
 TOP = {"main": set(ROOMS), "data_verbs": {"data"}, "job": set(ROOMS), "doctor": set(), "__init__": {"infer"}}
 TOP |= {leaf: set() for leaf in ("config_files", *LEAVES)}

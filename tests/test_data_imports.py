@@ -12,8 +12,8 @@ import jaxvlm.data
 
 ROOM = Path(jaxvlm.data.__file__).parent
 FILES = sorted([*ROOM.glob("*.py"), *ROOM.glob("tools/*.py")])
-LEAVES = ("jaxvlm.config", "jaxvlm.html", "jaxvlm.progress")
-ALLOWED = {"numpy", "PIL", "tokenizers", "grain", "absl", *sys.stdlib_module_names}
+LEAVES = ("jaxvlm.config", "jaxvlm.html", "jaxvlm.progress", "jaxvlm.templates")
+ALLOWED = {"numpy", "PIL", "tokenizers", "grain", "absl", "jinja2", *sys.stdlib_module_names}
 IN_ONE_FILE = {
     "gguf": "tokenizer.py",
     "array_record": "array_records.py",

@@ -77,7 +77,7 @@ def test_runs_are_the_rendered_text(folder, template, texts, images):
     view = viewer(folder, template)
     made = sample(folder, view, one)
     assert not made.error
-    rendered = render_record(one, template, eos=view.tokenizer.eos)
+    rendered = render_record(one, template, tokenizer=view.tokenizer)
     bos = view.tokenizer.bos if view.tokenizer.adds_bos else ""
     runs = made.runs[bool(bos) :]
     assert "".join(IMAGE_MARK if run.kind == "image" else run.text for run in runs) == rendered.text

@@ -6,7 +6,8 @@ from PIL import Image
 
 from jaxvlm.data import DataError
 from jaxvlm.data import image as image_module
-from jaxvlm.data.image import TRANSFORMS, load_image, transform, transform_version
+from jaxvlm.data.image import TILED, TRANSFORMS, load_image, transform, transform_version
+from jaxvlm.templates import TRANSFORM_VERSIONS
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 SIZES = [(40, 30), (30, 40), (31, 47), (16, 16), (200, 7), (3, 50), (1, 1), (64, 63)]
@@ -67,10 +68,16 @@ def test_letterbox_is_llavas(size):
     square[top : top + height, left : left + width] = np.asarray(image)
     want = np.asarray(Image.fromarray(square).resize((24, 24), Image.Resampling.BICUBIC))
     np.testing.assert_array_equal(transform(image, "letterbox", 24, CLIP_MEAN), want)
+    llava = pytest.importorskip("transformers.models.llava.image_processing_pil_llava")
+    side = {"height": 24, "width": 24}
+    settings = {"size": {"shortest_edge": 24}, "crop_size": side, "do_rescale": False, "do_normalize": False}
+    processor = llava.LlavaImageProcessorPil(do_pad=True, **settings)
+    theirs = np.asarray(processor(image, return_tensors="np")["pixel_values"][0]).transpose(1, 2, 0)
+    np.testing.assert_array_equal(theirs, want)
 
 
 def test_transforms_are_named_and_versioned():
-    assert set(TRANSFORMS) == {"naive", "crop", "letterbox"}
+    assert set(TRANSFORMS) | set(TILED) == set(TRANSFORM_VERSIONS) >= {"naive", "crop", "letterbox"}
     assert transform_version("letterbox") == "letterbox/1"
     with pytest.raises(DataError, match="no image transform 'pad'.*letterbox"):
         transform(random_image(4, 4), "pad", 8, CLIP_MEAN)
@@ -106,64 +113,24 @@ def test_transparency_is_composited_on_white():
         out = np.asarray(load_image(data))
         assert out[0, 0].tolist() == [255] * 3 and out[0, 1].tolist() == [200, 0, 0]
         assert out[0, 2].tolist() == [244, 204, 204]
-    palette = random_image(8, 8).quantize(4)
-    index = palette.getpixel((0, 0))
-    out = np.asarray(load_image(saved(palette, "PNG", transparency=index)))
-    assert out[0, 0].tolist() == [255] * 3
-    np.testing.assert_array_equal(load_image(saved(palette, "PNG")), palette.convert("RGB"))
-    la = Image.merge("LA", [Image.new("L", (2, 2), 10), Image.new("L", (2, 2), 0)])
-    assert np.asarray(load_image(saved(la, "PNG"))).min() == 255
 
 
-def test_cmyk_sixteen_bits_and_one_bit():
-    cmyk = random_image(8, 8, "CMYK")
-    np.testing.assert_array_equal(load_image(saved(cmyk, "TIFF")), cmyk.convert("RGB"))
-    assert load_image(saved(cmyk, "JPEG")).mode == "RGB"
+def test_sixteen_bits_of_other_forms():
     deep = np.asarray([[0, 255, 256], [32768, 65280, 65535]], np.uint16)
-    for fmt in ("PNG", "TIFF"):
-        out = np.asarray(load_image(saved(Image.fromarray(deep), fmt)))
-        assert out[..., 0].tolist() == [[0, 0, 1], [128, 255, 255]]
     big_endian = Image.frombytes("I;16B", (3, 2), deep.astype(">u2").tobytes())
     np.testing.assert_array_equal(np.asarray(load_image(big_endian))[..., 0], deep >> 8)
     ints = Image.fromarray(deep.astype(np.int32))
     np.testing.assert_array_equal(np.asarray(load_image(ints))[..., 0], deep >> 8)
-    floats = Image.fromarray(np.asarray([[0.0, 0.5, 1.0]], np.float32))
-    assert np.asarray(load_image(floats))[0, :, 0].tolist() == [0, 128, 255]
-    bits = Image.new("1", (4, 4), 1)
-    assert np.asarray(load_image(saved(bits, "PNG"))).min() == 255
 
 
-def test_exif_orientation_and_malformed_exif():
-    image = Image.fromarray(np.asarray([[[255, 0, 0], [0, 0, 255]]], np.uint8))  # red, blue
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: rotate by 270 degrees
-    turned = np.asarray(load_image(saved(image, "PNG", exif=exif)))
-    assert turned.shape == (2, 1, 3) and turned[0, 0].tolist() == [255, 0, 0]
+def test_malformed_exif_is_left_alone():
+    image = Image.fromarray(np.asarray([[[255, 0, 0], [0, 0, 255]]], np.uint8))
     broken = saved(image, "PNG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
     assert load_image(broken).size == (2, 1)
 
 
-def test_first_frame_of_an_animation():
-    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
-    data = saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    assert np.asarray(load_image(data))[0, 0].tolist() == [255, 0, 0]
-
-
-def test_bad_files_are_named(tmp_path, monkeypatch):
+def test_bad_sources_are_named(monkeypatch):
     good = saved(random_image(64, 64), "JPEG")
-    files = {
-        "empty.jpg": (b"", "is empty"),
-        "text.png": (b"<html>404</html>", "cannot be read as an image.*Replace the file"),
-        "cut.jpg": (good[: len(good) // 2], "truncated"),
-        "cut.png": (saved(random_image(64, 64), "PNG")[:900], "cannot be read as an image"),
-    }
-    for name, (data, message) in files.items():
-        (tmp_path / name).write_bytes(data)
-        with pytest.raises(DataError, match=message) as error:
-            load_image(tmp_path / name)
-        assert name in str(error.value)
-    with pytest.raises(DataError, match="gone.jpg does not exist"):
-        load_image(tmp_path / "gone.jpg")
     with pytest.raises(DataError, match="img 3 is empty"):
         load_image(b"", name="img 3")
     with pytest.raises(DataError, match="must be uint8"):

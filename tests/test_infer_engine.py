@@ -205,6 +205,12 @@ def test_load_reads_a_saved_model_and_says_what_is_no_model(engine, requests, an
     assert loaded.generate(requests, max_new_tokens=NEW, batch_size=3) == answers
     with pytest.raises(UserError, match="holds no jaxvlm model"):
         load(tmp_path / "nothing")
+    manifest = tmp_path / "model" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"transform_version": 1', '"transform_version": 7'))
+    with pytest.raises(
+        UserError, match=f"version 7 of the transform '{engine.prompt.transform}' .*has version 1. Use jaxvlm"
+    ):
+        load(tmp_path)
 
 
 @given(st.integers(1, 100_000))

@@ -349,7 +349,7 @@ def test_settings_that_cannot_be_used(folder, options, message):
 
 
 def test_truncation_is_counted(folder, tmp_path):
-    long = [record("q", "word " * 300), record("r", "x <- <image>", "<image> s", "y", image="0.png")]
+    long = [record("q", "word " * 300), record("r", "x", "<image> s", "y", image="0.png")]
     long[0]["conversations"] += turns("<image>", "late")
     long[0]["image"] = "0.png"
     (tmp_path / "t.json").write_text(json.dumps(long))

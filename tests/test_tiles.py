@@ -131,6 +131,33 @@ def test_several_images_stay_single_where_the_recipe_says_so():
     assert [plan.tiles > 1 for plan in image_plans(made(side=2, patch=4), [(20, 9), (8, 8)])] == [True, True]
 
 
+@pytest.mark.parametrize("size", [(40, 30), (30, 41), (200, 9), (24, 24), (150, 100), (1, 1)])
+def test_pixels_are_onevisions(size):
+    """`anyres_max_9` by its name alone: transformers' processor, for one image and for several."""
+    module = pytest.importorskip("transformers.models.llava_onevision.image_processing_pil_llava_onevision")
+    vision = VisionConfig(image_size=24, patch_size=6, mean=(0.5, 0.4, 0.3))
+    model = ModelConfig(vision=vision, connector=ConnectorConfig(row_end=True))
+    cut = tiling(model, PromptConfig(transform="anyres_max_9"))
+    assert (cut.max_tiles, cut.tile_several, cut.grids) == (9, False, MAX_9)
+    processor = module.LlavaOnevisionImageProcessorPil(
+        size={"height": 24, "width": 24},
+        do_rescale=False,
+        do_normalize=False,
+        image_mean=vision.mean,
+        image_grid_pinpoints=pinpoints(cut),
+        resample=Image.Resampling.BICUBIC,
+    )
+    image, other = picture(*size), picture(17, 9)
+    for images in ([image], [image, other]):
+        want = processor([images], return_tensors="np")["pixel_values"]
+        plans = image_plans(cut, [each.size for each in images])
+        for each, plan, pixels in zip(images, plans, want, strict=True):
+            (found,) = image_tiles(each, cut, plan)
+            np.testing.assert_array_equal(found, pixels[: plan.tiles].transpose(0, 2, 3, 1))
+    same = made(side=4, patch=6, grids=MAX_9, max_tiles=9, tile_several=False)
+    assert image_plan(cut, *size).index.tolist() == image_plan(same, *size).index.tolist()
+
+
 # ---------------------------------------- hd
 
 
@@ -185,6 +212,10 @@ def test_hd_chooses_as_the_paper_says():
     plan = image_plan(cut, 224, 224)
     assert plan.grid == (1, 1) and plan.tiles == 2 and len(plan.index) == 256 + 16 * 17
     assert image_plan(cut, 672, 448).grid == (2, 3) and image_plan(cut, 100, 900).grid == (5, 1)
+    named = made("hd224", side=16)
+    assert image_plan(named, 300, 500).index.tolist() == image_plan(cut, 300, 500).index.tolist()
+    with pytest.raises(DataError, match="'hd224' cuts tiles of 224 pixels, but the tower's have another size; 'hd'"):
+        made("hd224", side=24)
     image = picture(60, 20)
     found = tiles(image, "hd", 8, MEAN, (1, 3))
     np.testing.assert_array_equal(found[0], transform(image, "letterbox", 8, MEAN))
@@ -305,7 +336,11 @@ def test_what_cannot_be_tiled_is_refused():
         (ModelConfig(connector=ConnectorConfig(kind="resampler", row_end=True)), {}, "row_end needs"),
         (ModelConfig(), dict(transform="anyres", grids=((0, 2),)), r"prompt.grids are \(rows, columns\)"),
         (ModelConfig(), dict(transform="anyres", truncation="before_splice"), "choose 'after_splice'"),
-        (ModelConfig(), dict(transform="tile"), "no image transform 'tile'; .*letterbox, letterbox_unpad, anyres, hd"),
+        (
+            ModelConfig(),
+            dict(transform="tile"),
+            "no image transform 'tile'; .*letterbox, letterbox_unpad, anyres, .*hd224",
+        ),
         (ModelConfig(), dict(transform="letterbox_unpad", truncation="before_splice"), "choose 'after_splice'"),
         (ModelConfig(connector=ConnectorConfig(kind="resampler")), dict(transform="letterbox_unpad"), "needs visual"),
     ):

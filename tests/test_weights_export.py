@@ -1,6 +1,7 @@
 """Exports: what transformers loads, what comes back, what is refused."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,9 @@ from flax.traverse_util import flatten_dict
 from weights_helpers import saver, tokenizer_folder
 
 from jaxvlm.config import ConnectorConfig, LoRAConfig, ModelConfig, PromptConfig, UserError, VisionConfig
-from jaxvlm.data.conversation import TEMPLATES
+from jaxvlm.templates import TEMPLATES
 from jaxvlm.weights import WeightsError, export, import_model, prompt_from
-from jaxvlm.weights.chat_templates import CHAT, chat_template
+from jaxvlm.weights.chat_templates import chat_template
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -86,6 +87,20 @@ def test_files_of_the_folder(saved, tmp_path):
     assert batch["pixel_values"].shape == (1, 3, 28, 28)
     with torch.no_grad():
         model(**batch.to(torch.bfloat16))
+
+
+def test_a_tokenizers_own_template_goes_along(saved, tmp_path):
+    """With the ids that its model ended answers with, which only its generation_config.json tells."""
+    config, params = import_model(saved("llava")[0])
+    source = tokenizer_folder(tmp_path / "tok")
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": "{{ messages }} of its own"}))
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
+    prompt = PromptConfig(tokenizer=str(source), template="tokenizer")
+    out = export(params, config, prompt, tmp_path / "model")
+    assert (out / "chat_template.jinja").read_text() == "{{ messages }} of its own"
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [2, 7, 9]
+    assert prompt_from(out).template == "tokenizer"
 
 
 @pytest.mark.parametrize(("size", "rows"), [(60, 64), (64, 128)])
@@ -189,4 +204,4 @@ def test_chat_template_renders_our_prompt(name, system, layout):
         messages.insert(0, {"role": "system", "content": system})
     ours = render(turns, name, layout=layout).text
     theirs = jinja2.Environment().from_string(chat_template(name, layout)).render(messages=messages, eos_token="</s>")
-    assert name in CHAT and theirs == ours
+    assert theirs == ours

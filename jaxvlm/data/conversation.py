@@ -10,170 +10,31 @@ front of it and the template's end of turn. The prompt of inference is therefore
 training text.
 
 What users write stays text: a `</s>` or `<|im_start|>` inside a message is tokenised as plain characters and
-never becomes a special token, and an `<image>` inside an answer is text too. `<image>` in a human turn always
-stands for an image of the record; a count that differs from the number of images is an error.
+never becomes a special token. `<image>` in a human turn always stands for an image of the record. A record with
+another number of images, or with an `<image>` in an answer or a system prompt, is an error; in a chat, what a model
+has answered stays text.
+
+There is no further mode for LLaVA's own labels: with a Vicuna tokenizer, `vicuna_v1` gives LLaVA's ids and mask for
+every sample that LLaVA can label, and keeps the labels of those for which it prints "tokenization mismatch".
 """
 
 from __future__ import annotations
 
 import bisect
+import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 
 from jaxvlm.data import DataError
-from jaxvlm.data.tokenizer import Tokenizer
+from jaxvlm.data.tokenizer import Tokenizer, stripped
+from jaxvlm.templates import IMAGE_MARK, OWN, TEMPLATES, Template
 
 IMAGE_TOKEN = -200  # stands where an image's tokens go, as in LLaVA
-IMAGE_MARK = "<image>"
 IMAGES_IN_FRONT = ("prismatic", "images_first")  # layouts that take the images out of the text
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-
-
-@dataclass(frozen=True)
-class Template:
-    """The fixed text around the turns: start, system, then for each pair user + question + ask + lead + answer
-    + end + after.
-
-    `{eos}` in `end` is the tokenizer's own end-of-sequence token.
-    """
-
-    user: str  # before the question
-    ask: str  # after the question; inference stops here
-    lead: str  # supervised, before the answer
-    end: str  # supervised, after the answer
-    after: str = ""  # after the answer, not supervised
-    between: str = ""  # before every question but the first
-    system: str = ""  # the default system prompt
-    system_format: str | None = None  # where the system prompt goes; None: the template has no place for one
-    system_inside: bool = False  # the system prompt stands after `user` in the first turn, not before it
-    strip: tuple[str, ...] = ()  # roles whose text loses surrounding white space
-    style: str = "instruct"  # instruct | plain (the question is dropped) | bare (images in front, no newline)
-    specials: tuple[str, ...] = ()  # tokens that must exist in the tokenizer
-    start: str = ""  # before everything, where the tokenizer puts no BOS there itself
-
-
-_VICUNA = Template(
-    user="USER: ",
-    ask=" ASSISTANT:",
-    lead=" ",
-    end="</s>",
-    system_format="{} ",
-    specials=("</s>",),
-    system="A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions.",
-)
-_HELPFUL = (
-    "You are a helpful language and vision assistant. "
-    "You are able to understand the visual content that the user provides, "
-    "and assist the user with a variety of tasks using natural language."
-)
-_INST = Template(user="[INST] ", ask=" [/INST]", lead=" ", end=" </s>", specials=("</s>",))
-_LLAMA_2 = replace(
-    _INST,
-    between="<s>",
-    specials=("<s>", "</s>"),
-    system_format="<<SYS>>\n{}\n<</SYS>>\n\n",
-    system_inside=True,
-    system=_HELPFUL,
-)
-_LLAMA_3 = Template(
-    start="<|begin_of_text|>",
-    user="<|start_header_id|>user<|end_header_id|>\n\n",
-    ask="<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-    lead="",
-    end="<|eot_id|>",
-    system_format="<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
-    strip=("user", "assistant"),
-    specials=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-)
-_BLIP2 = Template(user="", ask="", lead=" ", end="\n", strip=("user", "assistant"), style="bare")
-
-_CAMBRIAN = (
-    "You are Cambrian, a highly intelligent multimodal AI trained by NYU Vision X.",
-    "As a multimodal AI, you have the ability to process and analyze images. Whenever an image is present in the "
-    "conversation, very carefully examine it and consider its content when formulating your response.",
-    "You should give concise responses to very simple questions, but provide thorough responses to more complex "
-    "and open-ended questions.",
-)
-
-
-TEMPLATES = {
-    "vicuna_v1": _VICUNA,
-    "llava_v1": replace(
-        _VICUNA,
-        system="A chat between a curious human and an artificial intelligence assistant. "
-        "The assistant gives helpful, detailed, and polite answers to the human's questions.",
-    ),
-    "llava_llama_2": _LLAMA_2,
-    "mistral_instruct": _INST,
-    # Answers lose surrounding white space: tokenizers would merge it with the newline that ends the prompt.
-    "chatml": Template(
-        user="<|im_start|>user\n",
-        ask="<|im_end|>\n<|im_start|>assistant\n",
-        lead="",
-        end="<|im_end|>",
-        after="\n",
-        system_format="<|im_start|>system\n{}<|im_end|>\n",
-        strip=("assistant",),
-        specials=("<|im_start|>", "<|im_end|>"),
-    ),
-    "plain": Template(user="", ask="", lead="", end="\n", style="plain"),
-    # Prismatic's captions end with the end of sequence.
-    "plain_eos": Template(
-        user="", ask="", lead="", end="{eos}", style="plain", strip=("assistant",), specials=("{eos}",)
-    ),
-    "prism": Template(
-        user="In: ",
-        ask="\nOut:",
-        lead=" ",
-        end="{eos}",
-        strip=("user", "assistant"),
-        style="bare",
-        specials=("{eos}",),
-    ),
-    # Prismatic's for chat models; the one bracket too few is in what its Llama-2 chat models were trained on.
-    "prism_llama_2": replace(
-        _LLAMA_2, end="</s>", system_format="<<SYS>\n{}\n<</SYS>>\n\n", strip=("user", "assistant")
-    ),
-    "prism_mistral": replace(_INST, end="</s>", strip=("user", "assistant")),
-    "prism_phi": Template(
-        start="<|endoftext|>",
-        user="Input: ",
-        ask="\nOutput:",
-        lead=" ",
-        end="\n<|endoftext|>",
-        strip=("user", "assistant"),
-        style="bare",
-        specials=("<|endoftext|>",),
-    ),
-    # A question stands alone, as it was given: BLIP-2 and InstructBLIP have learnt from prompts of every kind.
-    "blip2": _BLIP2,
-    "instructblip": replace(_BLIP2, end="{eos}", specials=("{eos}",)),
-    "llama_3": _LLAMA_3,
-    # Cambrian leaves out the empty lines, and so does its training data.
-    "cambrian_llama_3": replace(
-        _LLAMA_3,
-        user="<|start_header_id|>user<|end_header_id|>",
-        ask="<|eot_id|><|start_header_id|>assistant<|end_header_id|>",
-        system_format="<|start_header_id|>system<|end_header_id|>{}<|eot_id|>",
-        system="{} \n    {}\n    {} ".format(*_CAMBRIAN),
-    ),
-    # Nothing stands between its turns.
-    "cambrian_chatml": Template(
-        user="<|im_start|>user\n",
-        ask="<|im_end|><|im_start|>assistant\n",
-        lead="",
-        end="<|im_end|>",
-        system_format="<|im_start|>system\n{}<|im_end|>",
-        strip=("assistant",),
-        specials=("<|im_start|>", "<|im_end|>"),
-        system=" ".join(_CAMBRIAN),
-    ),
-}
 
 
 class Rendered(NamedTuple):
@@ -181,6 +42,7 @@ class Rendered(NamedTuple):
     spans: list[tuple[int, int]]  # supervised characters, end of turn included
     image_marks: list[int]  # character index of each `<image>` that stands for an image
     content: list[tuple[int, int]]  # characters that users wrote
+    adds_bos: bool = True  # whether the tokenizer puts its BOS in front, if it does so
 
 
 class Encoded(NamedTuple):
@@ -217,25 +79,30 @@ def render(
     template: str,
     *,
     layout: str = "llava",
-    eos: str = "</s>",
+    tokenizer: Tokenizer | None = None,
     name: str = "conversation",
 ) -> Rendered:
     """Renders a conversation: LLaVA's `[{"from": "human"|"gpt", "value": str}]` or chat messages.
 
     A first turn of role `system` takes the place of the template's own system prompt. A first turn by the
     assistant is left out, as LLaVA does. With a layout of IMAGES_IN_FRONT the images stand at the very start. A
-    conversation that ends with a question is rendered up to where the answer begins. `name` is used in
-    errors.
+    conversation that ends with a question is rendered up to where the answer begins. `tokenizer` gives the end of
+    sequence ("</s>" without one), or the template itself where that is 'tokenizer'. `name` is used in errors.
 
     Raises `DataError` for roles that do not alternate, an empty conversation, and turns the template cannot
     hold.
     """
+    system, turns = _turns(conversations, name)
+    if template == OWN and tokenizer:
+        return _render_own(tokenizer, system or "", turns, layout, name)
     style = get_template(template)
-    system, turns = _turns(conversations, style, template, name)
+    if system is not None and style.system_format is None:
+        raise DataError(f"{name}: the template {template!r} has no place for a system prompt; remove that turn.")
     if style.style == "plain" and len(turns) > 2:
         raise DataError(
             f"{name}: the template {template!r} holds one caption, not {len(turns)} turns; use another template."
         )
+    system = style.system if system is None else system
     out = _Writer()
     out.frame(style.start)
     if layout in IMAGES_IN_FRONT:
@@ -251,7 +118,7 @@ def render(
             start = out.length
             out.frame(style.lead)
             out.written(text)
-            out.frame(style.end.format(eos=eos))
+            out.frame(style.end.format(eos=(tokenizer and tokenizer.eos) or "</s>"))
             out.spans.append((start, out.length))
             out.frame(style.after)
             continue
@@ -261,11 +128,31 @@ def render(
     return Rendered("".join(out.pieces), out.spans, out.marks, out.content)
 
 
+def _render_own(tokenizer: Tokenizer, system: str, turns: list[tuple[str, str]], layout: str, name: str) -> Rendered:
+    own, in_front = _own_template(tokenizer), layout in IMAGES_IN_FRONT
+    if not in_front:
+        turns = [(role, _image_moved(text) if role == "user" else text) for role, text in turns]
+    # Of text templates transformers adds no BOS to what they write; those of image processors leave it to the tokenizer.
+    return Rendered(*own.render(system, turns, name, in_front), adds_bos=own.parts)
+
+
+@functools.lru_cache(maxsize=4)
+def _own_template(tokenizer: Tokenizer):
+    from jaxvlm.data.chat_template import ChatTemplate  # brings Jinja along, which no named template needs
+
+    return ChatTemplate(tokenizer)
+
+
+def _image_moved(text: str) -> str:
+    """A human turn whose single image is in front, as LLaVA moves it; several keep their places."""
+    if text.count(IMAGE_MARK) != 1:
+        return text
+    return f"{IMAGE_MARK}\n{text.replace(IMAGE_MARK, '').strip()}".strip()
+
+
 def _user(out: _Writer, style: Template, text: str, system: str) -> None:
-    """One human turn. A single image moves to the front of its turn; several keep their places."""
-    count = text.count(IMAGE_MARK)
     if style.style != "instruct":
-        for _ in range(count):
+        for _ in range(text.count(IMAGE_MARK)):
             out.image()
         out.frame(style.user)
         if style.style == "bare":
@@ -274,9 +161,7 @@ def _user(out: _Writer, style: Template, text: str, system: str) -> None:
     out.frame(style.user)
     if system:
         _system(out, style, system)
-    if count == 1:
-        text = f"{IMAGE_MARK}\n{text.replace(IMAGE_MARK, '').strip()}".strip()
-    for i, part in enumerate(text.split(IMAGE_MARK)):
+    for i, part in enumerate(_image_moved(text).split(IMAGE_MARK)):
         if i:
             out.image()
         out.written(part)
@@ -289,25 +174,21 @@ def _system(out: _Writer, style: Template, system: str) -> None:
     out.frame(after)
 
 
-def _turns(
-    conversations: Sequence[dict], style: Template, template: str, name: str
-) -> tuple[str, list[tuple[str, str]]]:
-    """The system prompt and the (role, text) turns, checked."""
+def _turns(conversations: Sequence[dict], name: str) -> tuple[str | None, list[tuple[str, str]]]:
+    """The system prompt, if the conversation has its own, and the (role, text) turns, checked."""
     if not isinstance(conversations, (list, tuple)) or not conversations:
         raise DataError(f"{name}: the conversation is empty; it must be a list of turns.")
     turns = []
     for i, turn in enumerate(conversations):
         role = text = None
         if isinstance(turn, dict):
-            role, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+            role, text = _said(turn)
         if role not in _ROLES or not isinstance(text, str):
             want = "{'from': 'human' | 'gpt', 'value': TEXT}"
             raise DataError(f"{name}: turn {i} must be {want}, not {str(turn)[:80]!r}.")
         turns.append((_ROLES[role], text))
-    system = style.system
+    system = None
     if turns[0][0] == "system":
-        if style.system_format is None:
-            raise DataError(f"{name}: the template {template!r} has no place for a system prompt; remove that turn.")
         system, turns = turns[0][1], turns[1:]
     if turns and turns[0][0] == "assistant":
         turns = turns[1:]
@@ -325,19 +206,28 @@ def _turns(
 
 def get_template(name: str) -> Template:
     """The template of this name. Raises `DataError` listing the names."""
+    if name == OWN:
+        raise DataError(f"Template {OWN!r} is the one that comes with a tokenizer: name its folder too.")
     if name not in TEMPLATES:
-        raise DataError(f"There is no template {name!r}; the templates are {', '.join(TEMPLATES)}.")
+        names = ", ".join([*TEMPLATES, OWN])
+        raise DataError(f"There is no template {name!r}; the templates are {names} ({OWN!r} is the tokenizer's own).")
     return TEMPLATES[name]
 
 
 def check_template(tokenizer: Tokenizer, template: str) -> None:
-    """Raises `DataError` if the tokenizer lacks a special token that the template ends its turns with."""
+    """Raises `DataError` if the tokenizer lacks a special token that the template ends its turns with, or has no chat
+    template of its own that can be trained with (see `data.chat_template`) where that is asked for.
+    """
+    if template == OWN:
+        _own_template(tokenizer)
+        return
     for token in get_template(template).specials:
         token = tokenizer.eos if token == "{eos}" else token
         if token not in tokenizer.special_tokens:
             fits = [
                 n for n, t in TEMPLATES.items() if all(s in {*tokenizer.special_tokens, "{eos}"} for s in t.specials)
             ]
+            fits += [OWN] if tokenizer.chat_template else []
             what = f"special token {token!r}" if token else "end-of-sequence token"
             raise DataError(
                 f"The template {template!r} needs the {what}, which {tokenizer.path} does not have."
@@ -347,8 +237,10 @@ def check_template(tokenizer: Tokenizer, template: str) -> None:
 
 def stop_ids(tokenizer: Tokenizer, template: str) -> tuple[int, ...]:
     """The ids that end an answer: the template's end of turn, and the tokenizer's end of sequence."""
-    ends = get_template(template).end.format(eos=tokenizer.eos or "").strip(" ")
-    ids = tokenizer.encode(ends)[-1:] if ends else []
+    end = (
+        _own_template(tokenizer).end if template == OWN else get_template(template).end.format(eos=tokenizer.eos or "")
+    )
+    ids = tokenizer.encode(end.strip(" "))[-1:] if end else []
     return tuple(dict.fromkeys([*ids, *([] if tokenizer.eos_id is None else [tokenizer.eos_id])]))
 
 
@@ -389,36 +281,50 @@ def encode_all(
     rendered = []
     for i, record in enumerate(records):
         try:
-            rendered.append((i, render_record(record, template, layout, tokenizer.eos)))
+            rendered.append((i, render_record(record, template, layout, tokenizer)))
         except DataError as error:
             results[i] = error
-    for (i, _), encoded in zip(rendered, _tokenize([r for _, r in rendered], tokenizer), strict=True):
-        empty = DataError(f"record {records[i].get('id')!r} has no supervised token; remove it.")
-        results[i] = encoded if encoded.weights.any() else empty
+    for (i, _), (encoded, joined) in zip(rendered, _tokenize([r for _, r in rendered], tokenizer), strict=True):
+        name = f"record {records[i].get('id')!r}"
+        if joined:
+            results[i] = DataError(
+                f"{name}: the tokenizer makes one token of the end of the prompt and the start of the answer ({joined!r}),"
+                f" so a model trained on it could not be prompted; template {template!r} does not fit this tokenizer."
+            )
+        else:
+            results[i] = encoded if encoded.weights.any() else DataError(f"{name} has no supervised token; remove it.")
     return results
 
 
-def render_record(record: dict, template: str, layout: str = "llava", eos: str | None = "</s>") -> Rendered:
+def render_record(record: dict, template: str, layout: str = "llava", tokenizer: Tokenizer | None = None) -> Rendered:
     """`render` of a LLaVA record, checked against its images. Raises `DataError` naming the record, as `encode` does."""
     if not isinstance(record, dict):
         raise DataError(f"a record must be an object with 'conversations', not {str(record)[:60]!r}.")
     name = f"record {record.get('id')!r}"
     if "conversations" not in record:
         raise DataError(f"{name} has no 'conversations'; its keys are {', '.join(map(repr, record)) or 'none'}.")
-    rendered = render(record["conversations"], template, layout=layout, eos=eos, name=name)
+    rendered = render(record["conversations"], template, layout=layout, tokenizer=tokenizer, name=name)
+    for i, turn in enumerate(record["conversations"]):
+        role, text = _said(turn)
+        if _ROLES[role] != "user" and IMAGE_MARK in text:
+            raise DataError(
+                f"{name}: turn {i}, by {role!r}, has {IMAGE_MARK}, which stands for an image and belongs in a human turn;"
+                " move it there, or write it in another way."
+            )
     images, marks = len(record_images(record)), len(rendered.image_marks)
     if marks != images:
         raise DataError(
             f"{name} has {images} image{'s' * (images != 1)} but {marks} {IMAGE_MARK} in its human turns;"
             f" add or remove {IMAGE_MARK}, or correct its 'image'."
         )
-    if len(rendered.spans) == 0 or _ROLES[_last_role(record["conversations"])] != "assistant":
+    if len(rendered.spans) == 0 or _ROLES[_said(record["conversations"][-1])[0]] != "assistant":
         raise DataError(f"{name} ends with a human turn; add the answer or remove that turn.")
     return rendered
 
 
-def _last_role(conversations: Sequence[dict]) -> str:
-    return conversations[-1].get("from", conversations[-1].get("role"))
+def _said(turn: dict) -> tuple:
+    """Role and text of a turn, in LLaVA's words or in those of chat messages."""
+    return turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
 
 
 def prompt(messages: Sequence[dict], tokenizer: Tokenizer, template: str, layout: str = "llava") -> np.ndarray:
@@ -429,14 +335,17 @@ def prompt(messages: Sequence[dict], tokenizer: Tokenizer, template: str, layout
     conversation answered.
     """
     check_template(tokenizer, template)
-    if not messages or not isinstance(messages[-1], dict) or _ROLES.get(_last_role(messages)) != "user":
+    if not messages or not isinstance(messages[-1], dict) or _ROLES.get(_said(messages[-1])[0]) != "user":
         raise DataError("The last message must be by the user: it is the one to be answered.")
-    rendered = render(messages, template, layout=layout, eos=tokenizer.eos, name="messages")
-    return _tokenize([rendered], tokenizer)[0].tokens
+    rendered = render(messages, template, layout=layout, tokenizer=tokenizer, name="messages")
+    return _tokenize([rendered], tokenizer)[0][0].tokens
 
 
-def _tokenize(rendered: Sequence[Rendered], tokenizer: Tokenizer) -> list[Encoded]:
-    """Tokenises the chunks between images of every text in one call, and labels them by their offsets."""
+def _tokenize(rendered: Sequence[Rendered], tokenizer: Tokenizer) -> list[tuple[Encoded, str]]:
+    """Tokenises the chunks between images of every text in one call, and labels them by their offsets.
+
+    With each the text of the first token that begins before a supervised span and ends inside; mostly there is none.
+    """
     kept = [_template_specials(one, tokenizer) for one in rendered]
     chunks = [
         (start, one.text[start:end], None if spans is None else _within(spans, start, end))
@@ -448,20 +357,25 @@ def _tokenize(rendered: Sequence[Rendered], tokenizer: Tokenizer) -> list[Encode
     return [_labelled(one, tokenizer, tokenized, starts) for one in rendered]
 
 
-def _labelled(rendered: Rendered, tokenizer: Tokenizer, tokenized: Iterator, starts: Iterator[int]) -> Encoded:
+def _labelled(
+    rendered: Rendered, tokenizer: Tokenizer, tokenized: Iterator, starts: Iterator[int]
+) -> tuple[Encoded, str]:
     """Takes the text's chunks from the iterators and joins them: BOS once, IMAGE_TOKEN between chunks."""
     ids: list[int] = []
+    joined = ""
     unsupervised = np.zeros(1, np.float32)
     weights = []
     for i in range(len(rendered.image_marks) + 1):
         chunk, offsets = next(tokenized)
         start = next(starts)
-        if i or (tokenizer.adds_bos and chunk[:1] != [tokenizer.bos_id]):
+        if i or (rendered.adds_bos and tokenizer.adds_bos and chunk[:1] != [tokenizer.bos_id]):
             ids.append(IMAGE_TOKEN if i else tokenizer.bos_id)
             weights.append(unsupervised)
         ids += chunk
-        weights.append(_covered(offsets + start, rendered.spans))
-    return Encoded(np.asarray(ids, np.int32), np.concatenate(weights))
+        offsets = offsets + start
+        weights.append(_covered(offsets, rendered.spans))
+        joined = joined or _across(offsets, rendered)
+    return Encoded(np.asarray(ids, np.int32), np.concatenate(weights)), joined
 
 
 def _between_images(rendered: Rendered) -> list[tuple[int, int]]:
@@ -471,8 +385,8 @@ def _between_images(rendered: Rendered) -> list[tuple[int, int]]:
 
 def _template_specials(rendered: Rendered, tokenizer: Tokenizer) -> list[tuple[int, int]] | None:
     """Where the template's special tokens stand, if a user wrote something that looks like one too (rare)."""
-    found = [match.span() for match in tokenizer.special_pattern.finditer(rendered.text)]
-    kept = [span for span in found if not _overlaps(span, rendered.content)]
+    found = list(tokenizer.special_pattern.finditer(rendered.text))
+    kept = [match.span() for match in found if not _overlaps(stripped(match), rendered.content)]
     return kept if len(kept) < len(found) else None
 
 
@@ -492,3 +406,12 @@ def _covered(offsets: np.ndarray, spans: list[tuple[int, int]]) -> np.ndarray:
     starts, ends = np.asarray(spans).T
     last = np.searchsorted(starts, np.maximum(offsets[:, 1], offsets[:, 0] + 1), side="left") - 1
     return ((last >= 0) & (ends[np.maximum(last, 0)] > offsets[:, 0])).astype(np.float32)
+
+
+def _across(offsets: np.ndarray, rendered: Rendered) -> str:
+    """What the first token says that holds the last character before a span and the first one of it."""
+    for start, _ in rendered.spans:
+        token = np.searchsorted(offsets[:, 1], start, side="right")  # the first that ends after it
+        if token < len(offsets) and offsets[token, 0] < start:
+            return rendered.text[slice(*offsets[token])]
+    return ""

@@ -59,6 +59,10 @@ COUNTS = {
 
 PARTS = (*COUNTS, OTHER)
 
+# Where boxes are written: parts of the image as it is, or of the square that a letterbox pads it to. The file does not
+# say; these are what users have found to fit (LLaVA #606, #619, #623, #822; recipes §1.2 P9).
+FRAMES = {"refcoco": "original", "vg": "square"}
+
 # Sentences that ask for a form of answer, each on a line of its own after the question. What TextCaps, RefCOCO and VG ask
 # is the question itself, and stays.
 FORMAT_PROMPTS = (

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxvlm.config import SourceConfig
 from jaxvlm.data import DataError, llava_mix
+from jaxvlm.data.boxes import FRAMES
 
 
 def check_sources(sources: Sequence[SourceConfig]) -> None:
@@ -21,6 +22,11 @@ def check_sources(sources: Sequence[SourceConfig]) -> None:
         if source.keep and not source.mix:
             raise DataError(
                 f"{where}: `keep` chooses among the sources inside a file, so `mix` must be {llava_mix.MIX!r}."
+            )
+        if source.boxes not in ("", *FRAMES, "mix") or (source.boxes == "mix" and not source.mix):
+            raise DataError(
+                f"{where}: `boxes` is the frame that its boxes are given in, {' or '.join(FRAMES)}, or 'mix' where `mix` tells"
+                f" its sources apart; it is {source.boxes!r}."
             )
         for name in source.keep:
             if name not in llava_mix.PARTS:

@@ -23,6 +23,7 @@ import numpy as np
 
 from jaxvlm.config import PromptConfig, SourceConfig
 from jaxvlm.data import DataError, llava_mix
+from jaxvlm.data.boxes import with_boxes
 from jaxvlm.data.columns import Columns, Log, Texts, cached, new_folder, open_array
 from jaxvlm.data.conversation import IMAGE_TOKEN, Encoded, encode_all, record_images
 from jaxvlm.data.image import image_size
@@ -34,7 +35,7 @@ from jaxvlm.data.sources import Source, image_address, image_stats, in_threads
 from jaxvlm.data.tiles import ImagePlan, Tiling, image_plan, image_plans
 from jaxvlm.data.tokenizer import Tokenizer
 
-VERSION = 4  # raise it when the same records would give other arrays
+VERSION = 5  # raise it when the same records would give other arrays
 CHUNK = 512  # records tokenised in one call
 LARGE = 50_000  # records; more of them are worth starting processes for
 ROWS = 8192  # records counted at a time
@@ -86,11 +87,12 @@ def cached_table(
     key = [VERSION, source.fingerprint(), template, layout]
     key += [tokenizer.fingerprint_text, config.fraction, None if whole else seed]
     key += [config.mix, config.keep, config.text_only, config.format_prompts]
+    key += [config.boxes, splicing.tiling.transform] if config.boxes else []
     key += [instructions.fingerprint_text] if instructions else []
     texts = cached(cache, key)
     if not texts.is_dir():
         with new_folder(texts) as new:
-            encode = _Encode(source, config, tokenizer, template, layout, instructions)
+            encode = _Encode(source, config, tokenizer, template, layout, splicing.tiling.transform, instructions)
             _encode_records(new, source, config, encode, seed, processes, log)
 
     base = open_table(str(texts))
@@ -170,17 +172,18 @@ class _Encode:
     tokenizer: Tokenizer
     template: str
     layout: str
+    transform: str  # whose frame boxes are moved to
     instructions: InstructionTokenizer | None
 
     def __call__(self, numbers: Sequence[int]) -> _Chunk:
         records = [_read(self.source, number) for number in numbers]
-        ready = [prepared(record, self.config) for record in records]
+        ready = [self._ready(record) for record in records]
         encoded = encode_all(ready, self.tokenizer, self.template, self.layout)
         chunk = _Chunk([], [], [], [], [], [], [])
         for k, (record, one) in enumerate(zip(records, encoded, strict=True)):
             identity = record.get("id") if isinstance(record, dict) else None
             part = llava_mix.PARTS.index(llava_mix.source_of(record)) if self.config.mix else 0
-            error = next((given for given in (record, one) if isinstance(given, DataError)), None)
+            error = next((given for given in (record, ready[k], one) if isinstance(given, DataError)), None)
             if error:
                 chunk.bad.append((k, identity, part, str(error)))
                 continue
@@ -192,6 +195,12 @@ class _Encode:
                 chunk.instructions.extend(self.instructions.encode(ready[k]["conversations"]))
             chunk.parts.append(part)
         return chunk
+
+    def _ready(self, record: dict | DataError) -> Any:
+        try:
+            return with_boxes(prepared(record, self.config), self.source, self.config, self.transform)
+        except DataError as error:
+            return error
 
 
 class _ImageNames:

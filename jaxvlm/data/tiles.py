@@ -1,11 +1,13 @@
 """Images of any size: which grid of tiles an image gets, and where its visual tokens stand.
 
 A transform that tiles shows an image to the tower several times: once whole, and once in pieces that are cut from an
-enlarged copy. `anyres` is LLaVA-NeXT's (v1.6) as Hugging Face computes it, `hd` is LLaVA-1.5-HD's (Liu et al. 2024,
-App. A.1; recipes §1.1 A4). The pieces' tokens are put together to one large map, what shows only padding is taken
-out, and each row may end with a learned token. `letterbox_unpad` (Cambrian, recipes §1.1 A7) takes padding out of a
-single tile, and hides it from an aggregator. All of that is indices, computed here on the host from the image's
-size alone: `image_plan` is what the packer, the splice and the engine count with.
+enlarged copy. `anyres` is LLaVA-NeXT's (v1.6) as Hugging Face computes it, `anyres_max_9` is `anyres` with
+OneVision's grids, at most nine tiles' tokens of them, and one tile for each of several images. `hd` is LLaVA-1.5-HD's
+(Liu et al. 2024, App. A.1; recipes §1.1 A4); its tower has 224 pixels there, which `hd224` insists on. The pieces'
+tokens are put together to one large map, what shows only padding is taken out, and each row may end with a learned
+token. `letterbox_unpad` (Cambrian, recipes §1.1 A7) takes padding out of a single tile, and hides it from an
+aggregator. All of that is indices, computed here on the host from the image's size alone: `image_plan` is what the
+packer, the splice and the engine count with.
 
 Where the sources differ:
 - `anyres` keeps int(round(x, 7)) cells of the short side; LLaVA's own code int(x), two rows fewer now and then.
@@ -38,8 +40,10 @@ WHOLE = np.float32([1, 0, 0, 0])  # the shares of a token that is no mean
 # The grids of tiles, (rows, columns), in the order in which ties are decided.
 GRIDS = {
     "anyres": ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)),  # LLaVA-1.6's pinpoints, in tiles
+    "anyres_max_9": tuple((rows, columns) for rows in range(1, 7) for columns in range(1, 7)),
     "hd": ((1, 1), *((1, n) for n in range(2, 7)), *((n, 1) for n in range(2, 7)), (2, 2), (2, 3), (3, 2)),
 }
+GRIDS["hd224"] = GRIDS["hd"]
 
 
 class ImagePlan(NamedTuple):
@@ -109,7 +113,13 @@ def tiling(model: ModelConfig, prompt: PromptConfig) -> Tiling:
             "truncation 'before_splice' keeps room for a fixed number of visual tokens, but with transform "
             f"'{prompt.transform}' it depends on the image; choose 'after_splice'."
         )
-    rest = (grids if tiled else (), prompt.max_tiles if tiled else 0, prompt.tile_several)
+    if prompt.transform == "hd224" and any(size != 224 for size, _ in views(vision)):
+        raise DataError(
+            "transform 'hd224' cuts tiles of 224 pixels, but the tower's have another size; 'hd' takes any."
+        )
+    onevision = prompt.transform == "anyres_max_9"
+    most = prompt.max_tiles or (9 if onevision else 0)
+    rest = (grids if tiled else (), most if tiled else 0, prompt.tile_several and not onevision)
     unpadded_sva = model.connector.kind == "sva" and prompt.transform == UNPADDED
     cells = tuple(part.grid for part in vision.parts) if unpadded_sva else ()
     return Tiling(prompt.transform, views(vision), model.tile_tokens, side, row_end, *rest, cells)
@@ -147,7 +157,7 @@ def image_plan(tiling: Tiling, width: int, height: int, alone: bool = True) -> I
         return _single(tiling)
     size = tiling.views[0][0]
     grid = best_grid(width, height, tiling.grids, size)
-    kept = _rounded if tiling.transform == "anyres" else _touched
+    kept = _rounded if tiling.transform.startswith("anyres") else _touched
     region = kept(width, height, (grid[0] * tiling.side, grid[1] * tiling.side), grid, size)
     return ImagePlan(1 + math.prod(grid), grid, (width, height), *_merged(tiling, grid, region))
 

@@ -13,12 +13,15 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from jaxvlm.data import DataError
+from jaxvlm.templates import own_template
 
 
 class Tokenizer:
     """A folder with a `tokenizer.json`, or that file itself.
 
     Special tokens are read from `tokenizer_config.json`, then `special_tokens_map.json`.
+
+    `chat_template` is its own template in Jinja, if there is one beside it.
 
     `adds_bos` is the rule for the beginning-of-sequence token: `add_bos_token` of `tokenizer_config.json`
     decides if it is there; otherwise the post-processor of tokenizer.json does (Llama's puts `<s>` in front;
@@ -42,11 +45,17 @@ class Tokenizer:
         self._literal: tuple[tokenizers.Tokenizer, tokenizers.Tokenizer] | None = None
 
         added = self._tokenizer.get_added_tokens_decoder()
-        specials = sorted((token.content for token in added.values() if token.special), key=len, reverse=True)
-        self.special_tokens = frozenset(specials)
-        self.special_pattern = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
+        specials = sorted((token for token in added.values() if token.special), key=lambda one: -len(one.content))
+        self.special_tokens = frozenset(token.content for token in specials)
+        # With the white space that they swallow.
+        swallow = [(r"\s*" * token.lstrip, re.escape(token.content), r"\s*" * token.rstrip) for token in specials]
+        self.special_pattern = re.compile("|".join(map("".join, swallow)) or r"(?!)")
 
+        # SentencePiece puts a space in front of every text; Metaspace does not where there is one already.
+        by_metaspace = re.search(r'"prepend_scheme":"(first|always)"', self._tokenizer.to_str())
+        self._spaces = (" ", "▁") if by_metaspace else ()
         settings = special_settings(file.parent)
+        self.chat_template = own_template(file.parent)
         self.bos, self.bos_id = self._special(settings, "bos_token")
         self.eos, self.eos_id = self._special(settings, "eos_token")
         self.pad, self.pad_id = self._special(settings, "pad_token")
@@ -59,8 +68,8 @@ class Tokenizer:
 
     @property
     def fingerprint_text(self) -> str:
-        """All that decides the ids of a text."""
-        return f"{self._text}|{self.bos_id}|{self.eos_id}|{self.adds_bos}"
+        """All that decides the ids of a conversation."""
+        return f"{self._text}|{self.bos_id}|{self.eos_id}|{self.adds_bos}|{self.chat_template or ''}"
 
     def id(self, token: str) -> int:
         """The id of one token, by its exact string. Raises `DataError` if there is none."""
@@ -82,6 +91,15 @@ class Tokenizer:
         `specials` are the character spans where special tokens stand; whatever looks like one elsewhere is
         plain text. None: every special token in the text becomes its id.
         """
+        spaced = [text.startswith(self._spaces) for text, _ in texts]
+        texts = [
+            ("▁" + text, specials and [(start + 1, end + 1) for start, end in specials]) if more else (text, specials)
+            for more, (text, specials) in zip(spaced, texts, strict=True)
+        ]
+        encoded = zip(spaced, self._encode_batch(texts), strict=True)
+        return [(ids, np.maximum(offsets - 1, 0) if more else offsets) for more, (ids, offsets) in encoded]
+
+    def _encode_batch(self, texts: Sequence[tuple[str, Sequence[tuple[int, int]] | None]]) -> list:
         plain = [text for text, specials in texts if specials is None]
         if len(plain) == 1:  # no threads for one text, so that a process may still fork
             encodings = iter([self._tokenizer.encode(plain[0], add_special_tokens=False)])
@@ -134,6 +152,11 @@ class Tokenizer:
         if isinstance(token, dict):
             token = token.get("content")
         return (token, self._tokenizer.token_to_id(token)) if token else (None, None)
+
+
+def stripped(match: re.Match) -> tuple[int, int]:
+    """The span of a match of `special_pattern` without the white space that the token swallows."""
+    return match.start() + len(match[0]) - len(match[0].lstrip()), match.start() + len(match[0].rstrip())
 
 
 def _offsets(spans: list[tuple[int, int]]) -> np.ndarray:

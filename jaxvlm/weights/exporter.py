@@ -173,7 +173,7 @@ def _llava_hf_reasons(model: ModelConfig, prompt: PromptConfig) -> list[str]:
     reasons = _hf_reasons(model, prompt)
     if model.connector.row_end:
         reasons.append("rows of visual tokens end with a learned token (connector.row_end)")
-    if prompt.transform in ("anyres", "hd"):
+    if prompt.transform in ("anyres", "anyres_max_9", "hd", "hd224"):
         reasons.append(f"images are cut into tiles (prompt.transform = '{prompt.transform}')")
     return reasons
 

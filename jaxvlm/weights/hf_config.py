@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxvlm.config import ConfigError, UserError
+from jaxvlm.templates import OWN, own_template
 from jaxvlm.weights.readers import WeightsError, require_content
 
 ACTIVATIONS = {
@@ -32,36 +33,37 @@ def image_processor(folder: Path) -> dict:
     return {}
 
 
+_CHATML = r"(?=[\s\S]*<\|im_start\|>)"
 # What a chat template written for one of our templates contains; the first that fits is taken.
 _MARKS = (
-    ("cambrian_chatml", r"<\|im_start\|>[\s\S]*You are Cambrian|You are Cambrian[\s\S]*<\|im_start\|>"),
-    ("chatml", r"<\|im_start\|>"),
+    (OWN, r"<\|im_sep\|>"),  # Phi-4's, which is not ChatML
+    ("gemma", r"<start_of_turn>"),
+    ("phi_3", r"<\|user\|>[\s\S]*<\|end\|>"),
+    ("cambrian_chatml", rf"{_CHATML}[\s\S]*You are Cambrian"),
+    ("chatml_direct", rf"{_CHATML}[\s\S]*Answer the questions\."),
+    ("qwen_2_5", rf"{_CHATML}[\s\S]*You are Qwen, created by Alibaba Cloud"),
+    ("qwen", rf"{_CHATML}[\s\S]*You are a helpful assistant\b"),
+    ("chatml", _CHATML),
     ("llava_llama_2", r"\[INST\][\s\S]*<<SYS>>|<<SYS>>[\s\S]*\[INST\]"),
     ("prism_llama_2", r"<<SYS>(?!>)"),
+    ("prism_mistral", r"\[INST\][\s\S]*\"</s>\""),
     ("mistral_instruct", r"\[INST\]"),
     ("cambrian_llama_3", r"You are Cambrian"),
     ("llama_3", r"<\|start_header_id\|>"),
     ("llava_v1", r"curious human"),
     ("vicuna_v1", r"USER: ?"),
     ("prism", r"In: "),
+    ("prism_phi", r"Output:"),
 )
 
 
 def template_of(folder: Path) -> str | None:
-    """The name of the conversation template that a folder's chat template is written for; None if it has none."""
-    for name in ("chat_template.jinja", "chat_template.json", "tokenizer_config.json", "processor_config.json"):
-        file = folder / name
-        if not file.is_file():
-            continue
-        with explained(file):
-            text = file.read_text("utf-8") if name.endswith(".jinja") else read_json(file).get("chat_template")
-            if isinstance(text, list):  # several templates by name
-                text = next((entry["template"] for entry in text if entry.get("name") == "default"), None)
-            if not isinstance(text, str | None):
-                raise WeightsError(f"{file}: chat_template is {text!r:.60}, and has to be a text. Get the file again.")
-        if text:
-            return next((template for template, mark in _MARKS if re.search(mark, text)), None)
-    return None
+    """The name of the conversation template that a folder's chat template is written for; its own where none is like it.
+
+    None if the folder has none.
+    """
+    text = own_template(folder)
+    return text and next((template for template, mark in _MARKS if re.search(mark, text)), OWN)
 
 
 def config_file(folder: Path) -> Path | None:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from jaxvlm.config import LLMConfig, ModelConfig, PromptConfig, VisionConfig
-from jaxvlm.weights.chat_templates import CHAT, CHAT_ENDS, chat_template
+from jaxvlm.templates import OWN, TEMPLATES, own_template
+from jaxvlm.weights.chat_templates import chat_template
 from jaxvlm.weights.families import describe_decoder
 from jaxvlm.weights.families.hf_towers import HF_ACTIVATIONS, describe_tower
 from jaxvlm.weights.families.llava import PINPOINTS
+from jaxvlm.weights.hf_config import read_json
 from jaxvlm.weights.readers import WeightsError
 
 CLASSES = {  # the model and its processor
@@ -115,13 +117,21 @@ def write_configs(
         "vision_feature_select_strategy": strategy,
     }
     write(out / "processor_config.json", processor)
-    if prompt.template in CHAT:
-        (out / "chat_template.jinja").write_text(chat_template(prompt.template, prompt.layout))
+    if prompt.template == OWN:
+        (out / "chat_template.jinja").write_text(own_template(Path(prompt.tokenizer)) or "", encoding="utf-8")
+    elif TEMPLATES[prompt.template].style != "plain":
+        (out / "chat_template.jinja").write_text(chat_template(prompt.template, prompt.layout), encoding="utf-8")
 
 
 def generation_config(prompt: PromptConfig, tokenizer: TokenizerFacts) -> dict[str, Any]:
-    ends = {tokenizer.ids.get(mark) for mark in CHAT_ENDS.get(prompt.template, ())} | {tokenizer.eos}
-    ends = sorted(end for end in ends if end is not None)
+    """Where an answer ends: at the template's end of turn, or where the tokenizer's model ended it, and at its EOS."""
+    if prompt.template == OWN:
+        file = Path(prompt.tokenizer) / "generation_config.json"
+        given = read_json(file).get("eos_token_id") if file.is_file() else None
+        ends = set(given if isinstance(given, list) else [given])
+    else:
+        ends = {tokenizer.ids.get(TEMPLATES[prompt.template].end.strip())}
+    ends = sorted(end for end in ends | {tokenizer.eos} if end is not None)
     known = {"bos_token_id": tokenizer.bos, "pad_token_id": tokenizer.pad, "eos_token_id": ends or None}
     return {key: value for key, value in known.items() if value is not None}
 

@@ -18,6 +18,7 @@ from orbax.checkpoint import v1 as ocp
 
 import jaxvlm
 from jaxvlm.config import ConfigError, ModelConfig, PromptConfig, UserError, build, to_dict
+from jaxvlm.templates import TRANSFORM_VERSIONS
 from jaxvlm.weights.build import Dtype, dtype_of
 
 MANIFEST = "manifest.json"
@@ -51,6 +52,7 @@ def save_model(directory: Path, params: dict, model: ModelConfig, prompt: Prompt
         "jaxvlm": jaxvlm.__version__,
         "model": to_dict(model),
         "prompt": {**to_dict(prompt), **{name: name for name in _tokenizers(prompt)}},
+        "transform_version": TRANSFORM_VERSIONS.get(prompt.transform),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         **extra,
     }
@@ -84,6 +86,12 @@ def load_model(
         prompt = replace(prompt, **{name: str(directory / name) for name in _tokenizers(prompt)})
     except ConfigError as error:
         raise CheckpointError(f"{path} does not fit this version of jaxvlm ({jaxvlm.__version__}): {error}") from error
+    made, now = manifest.get("transform_version", 1), TRANSFORM_VERSIONS.get(prompt.transform)
+    if made != now:
+        raise CheckpointError(
+            f"The model in {directory} was trained on images as version {made} of the transform '{prompt.transform}' makes "
+            f"them, and jaxvlm {jaxvlm.__version__} has version {now}. Use jaxvlm {manifest.get('jaxvlm')}."
+        )
     return _load_params(directory / "params", shardings and shardings(model), dtype, part), model, prompt, manifest
 
 

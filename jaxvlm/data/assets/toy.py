@@ -15,7 +15,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from jaxvlm.data.assets.llava_json import caption, conversation, question, record, write_json, write_jsonl
-from jaxvlm.data.conversation import TEMPLATES
+from jaxvlm.templates import TEMPLATES
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (30, 60, 210), "yellow": (230, 220, 40)}
 SIDES = ("left", "right")
@@ -29,7 +29,7 @@ def prepare(files: dict[str, Path], out: Path, log: Callable[[str], None]) -> No
 
 
 def write_tokenizer(folder: Path) -> Path:
-    """A byte-level BPE tokenizer with Llama's special tokens, trained on the toy sentences and the templates."""
+    """A byte-level BPE tokenizer with Llama's special tokens, trained on the toy sentences and its template."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -39,7 +39,7 @@ def write_tokenizer(folder: Path) -> Path:
         vocab_size=VOCABULARY, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
     )
     sentences = [f"What colour is the {side} half? {colour}" for side in SIDES for colour in COLOURS]
-    sentences += [f"{template.system} USER: ASSISTANT:" for template in TEMPLATES.values()] * 9
+    sentences += [f"{TEMPLATES['vicuna_v1'].system} USER: ASSISTANT:"] * 9
     tokenizer.train_from_iterator(sentences, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     special = {

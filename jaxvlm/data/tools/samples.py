@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxvlm.config import SourceConfig
 from jaxvlm.data import DataError
+from jaxvlm.data.boxes import with_boxes
 from jaxvlm.data.conversation import IMAGE_MARK, encode, record_images, render_record
 from jaxvlm.data.layout import Spliced, splice
 from jaxvlm.data.mixture import prepared
@@ -85,6 +86,8 @@ class Viewer:
                 names = record_images(record)
                 titles = record_images(record | {"image": record["image_file"]}) if "image_file" in record else names
                 made.images = [Picture(*both, look(source, both[0])) for both in zip(names, titles, strict=True)]
+            if self.splicing and not any(one.seen.fault for one in made.images):
+                record = with_boxes(record, source, config, self.splicing.tiling.transform)
             if self.tokenizer:
                 self._tokens(record, made)
             else:

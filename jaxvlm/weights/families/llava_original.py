@@ -23,7 +23,7 @@ from jaxvlm.weights.readers import WeightsError
 
 # The class that a checkpoint was saved from says what its language model is; v1 called the Llama class plain 'llava'.
 _LANGUAGE = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
-_TEMPLATES = {"llava_mistral": "mistral_instruct", "llava_qwen": "chatml"}
+_TEMPLATES = {"llava_mistral": "mistral_instruct", "llava_qwen": "qwen"}
 _YI_VOCABULARY = 64000  # LLaVA-1.6-34B, which calls itself 'llava' and speaks ChatML
 
 _DEFAULTS = {
@@ -102,7 +102,7 @@ def configure(given: dict, folder: Path) -> ModelConfig:
 def prompt(given: dict, folder: Path) -> dict[str, Any]:
     """The transform by `image_aspect_ratio`; the template by the class, as LLaVA chooses it by the folder's name."""
     c = _DEFAULTS | given
-    yi = "chatml" if c.get("vocab_size") == _YI_VOCABULARY else "vicuna_v1"
+    yi = "chatml_direct" if c.get("vocab_size") == _YI_VOCABULARY else "vicuna_v1"
     values = {"layout": "llava", "template": _TEMPLATES.get(c["model_type"]) or template_of(folder) or yi}
     if length := c.get("tokenizer_model_max_length"):
         values["length"] = length
