@@ -62,7 +62,7 @@ def test_prismatics_and_llama_3s_templates_to_the_letter():
         f"questions.<|im_end|>{user}<image>\nq<|im_end|>{model}a<|im_end|>{user}r<|im_end|>{model}b<|im_end|>"
     )
     said = turns("Describe it.\n<image>", " a cat \n")
-    assert render(said, "plain_eos", layout="prismatic", eos="<end>").text == "<image>a cat<end>"
+    assert render(said, "plain_eos", layout="prismatic").text == "<image>a cat</s>"
 
 
 def test_prismatic_layout_takes_the_image_out_of_the_text():
