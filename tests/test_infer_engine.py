@@ -80,9 +80,9 @@ def test_streaming_gives_the_same_text(engine, requests, answers):
 def test_images_pass_the_tower_once_and_text_not_at_all(engine, requests, answers, monkeypatch):
     passed = []
 
-    def encode(config, params, pixels):
+    def encode(config, params, pixels, *more):
         passed.append(np.asarray(pixels[0]))
-        return original(config, params, pixels)
+        return original(config, params, pixels, *more)
 
     original = decoding.encode_images
     monkeypatch.setattr(decoding, "encode_images", encode)
