@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from weights_helpers import tokenizer_folder
@@ -15,7 +14,6 @@ STACK = 20 * MIB  # one projection of all layers, the largest parameter
 SPARE = 16 * MIB  # blocks on their way, and noise; the model has 174 MiB
 MEASURED = r"""
 import gc, json, sys
-from pathlib import Path
 import jax, ml_dtypes, numpy as np
 from jaxvlm.config import ConnectorConfig, LLMConfig, ModelConfig, PromptConfig, VisionConfig
 from jaxvlm.models.vlm import abstract_params
