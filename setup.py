@@ -28,7 +28,6 @@ BASE = [
     # The other end of import and export: processors and configs in Hugging Face's form, and tokenizers
     # without a tokenizer.json (SentencePiece models). Version 5: 4 has other file names and parameter names.
     "transformers>=5,<6",
-    "safetensors>=0.5",  # reads slices of weight files, so that a process loads only what it owns
     "gguf>=0.17",  # dequantises GGUF weights, the quickstart's language model among them
     "numpy>=2.1",  # the first with wheels for Python 3.13
     "pillow>=11",  # the decoder and resizer that the image transforms are pixel-exact with
@@ -65,6 +64,7 @@ EXTRAS["test"] = [
     "pytest>=8.3",
     "pytest-xdist>=3.6",  # two workers for two cores
     "hypothesis>=6.100",
+    "safetensors>=0.5",  # the other reader and writer of weight files
     # The oracle of the numeric tests. Pinned: tolerances are measured against one version, and an unpinned
     # torch brings its newest CUDA build, several GB.
     "torch==2.13.0",

@@ -1,11 +1,16 @@
 """Opening a llava-hf checkpoint: jaxvlm beside transformers, each in a process of its own, alternating.
 
-  python benchmarks/import_bench.py [--gigabytes 2] [--rounds 3] [--out benchmarks/results/import.json]
+  python benchmarks/import_bench.py [--gigabytes 2] [--rounds 5] [--out benchmarks/results/import.json]
 
 The checkpoint is synthetic: random float16 in four shards, in a temporary folder, and in the page cache before the first round.
-Timed is the call that loads it, imports apart, until every parameter has been read once: a side that only maps the file has not
-done so yet. Memory is what the process has resident, and of that what is anonymous (mapped pages of a file can be given back):
-the peak during the call, sampled every 2 ms, less what it was before, less the size of the parameters.
+It is opened as it is stored, and as float32, our own default. Timed is the call, all its classes imported before, until every
+parameter has been read once: a side that only maps the file has not done so yet. Beside it stand the processor seconds of the
+call, which neighbours on a shared machine hardly change, and the whole process with its imports. Memory is what the process has
+resident, and of that what is anonymous (mapped pages of a file can be given back): the peak during the call, sampled every 2 ms,
+less what it was before, less the size of the parameters.
+
+The host of a virtual machine may have taken unused memory back, and then gives it again at a fraction of the speed of memory. So
+just before the call each side asks for as much memory as the parameters need and gives it back; what that took is recorded.
 """
 
 from __future__ import annotations
@@ -23,7 +28,8 @@ from importlib import metadata
 from pathlib import Path
 
 SIDES = ("jaxvlm", "transformers")
-KINDS = ("resident_above", "anonymous_above")
+CASES = {"as stored": 1, "float32": 2}  # bytes of a parameter for each in the file
+MEASURES = ("seconds", "cpu_seconds", "process_seconds", "resident_above", "anonymous_above")
 
 
 def write_checkpoint(folder: Path, gigabytes: float) -> int:
@@ -73,8 +79,8 @@ def hub_name(name: str) -> str:
     return name
 
 
-def load(side: str, folder: str) -> None:
-    """In a process of its own: loads and prints {seconds, above, parameters}."""
+def load(side: str, case: str, folder: str, started: float) -> None:
+    """In a process of its own, `started` as the clock of the machine has it: loads and prints the measures."""
     import numpy as np
 
     if side == "jaxvlm":
@@ -86,21 +92,26 @@ def load(side: str, folder: str) -> None:
         jnp.zeros(1).block_until_ready()
 
         def run():
-            leaves = jax.tree.leaves(import_model(folder, dtype=None)[1])
+            leaves = jax.tree.leaves(import_model(folder, dtype=None if case == "as stored" else case)[1])
             return read([np.asarray(leaf) for leaf in leaves]), leaves
     else:
         import torch
         import transformers
+        from transformers import CLIPVisionModel, LlamaModel, LlavaForConditionalGeneration  # noqa: F401, not in the call
 
         torch.zeros(1)
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
 
         def run():
-            model = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype="auto")
-            leaves = list(model.parameters())
+            dtype = "auto" if case == "as stored" else case
+            leaves = list(LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype).parameters())
             return read([leaf.detach().numpy() for leaf in leaves]), leaves
 
+    room = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) * CASES[case]
+    start = time.monotonic()
+    np.full(room, 1, np.uint8)
+    fetched = time.monotonic() - start
     before, peak, stop = resident(), [0, 0], threading.Event()
 
     def watch() -> None:
@@ -109,13 +120,14 @@ def load(side: str, folder: str) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    start = time.perf_counter()
+    start, cpu = time.monotonic(), time.process_time()
     size, kept = run()
-    seconds = time.perf_counter() - start
+    end, cpu = time.monotonic(), time.process_time() - cpu
     stop.set()
     watcher.join()
-    above = {kind: peak[i] - before[i] - size for i, kind in enumerate(KINDS)}
-    print(json.dumps({"seconds": seconds, **above, "bytes": size, "leaves": len(kept)}))
+    above = [most - held - size for most, held in zip(peak, before, strict=True)]
+    values = dict(zip(MEASURES, (end - start, cpu, end - started - fetched, *above), strict=True))
+    print(json.dumps(values | {"fetching_memory_seconds": fetched, "bytes": size, "leaves": len(kept)}))
 
 
 def read(arrays: list) -> int:
@@ -134,40 +146,53 @@ def resident() -> list[int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=2.0)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", default="benchmarks/results/import.json")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    parser.add_argument("--load", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.side:
-        return load(options.side, options.folder)
+    if options.load:
+        side, case, folder, started = options.load
+        return load(side, case, folder, float(started))
     with tempfile.TemporaryDirectory() as folder:
         parameters = write_checkpoint(Path(folder), options.gigabytes)
         size = sum(len(file.read_bytes()) for file in Path(folder).glob("*.safetensors"))  # into the page cache
         print(f"{size / 1e9:.2f} GB, {parameters / 1e6:.0f} M parameters")
-        found: dict[str, list[dict]] = {side: [] for side in SIDES}
+        found: dict[str, dict[str, list[dict]]] = {case: {side: [] for side in SIDES} for case in CASES}
         for number in range(options.rounds):
-            for side in SIDES:
-                command = [sys.executable, __file__, "--side", side, "--folder", folder]
-                done = subprocess.run(command, check=True, capture_output=True, text=True)
-                found[side].append(json.loads(done.stdout.splitlines()[-1]))
-                last = found[side][-1]
-                above = ", ".join(f"{last[kind] / 2**20:.0f} MiB {kind.split('_')[0]}" for kind in KINDS)
-                print(f"round {number + 1} {side:12} {last['seconds']:.2f} s, above the parameters {above}")
-    medians = {key: {s: statistics.median(r[key] for r in found[s]) for s in SIDES} for key in ("seconds", *KINDS)}
-    seconds = medians["seconds"]
+            for case in CASES:
+                for side in SIDES:
+                    last = measured(side, case, folder)
+                    found[case][side].append(last)
+                    print(f"round {number + 1}, {case}, {side}: {described(last)}", flush=True)
     result = {
         "what": "loading a llava-hf checkpoint until every parameter was read, peak memory above the result",
         "device": f"{platform.machine()}, {platform.system()}",
         "versions": {name: metadata.version(name) for name in ("jax", "torch", "transformers", "safetensors")},
         "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
         "checkpoint_bytes": size,
-        **medians,
-        "transformers_seconds_over_ours": seconds["transformers"] / seconds["jaxvlm"],
-        "rounds": found,
     }
+    for case, rounds in found.items():
+        medians = {name: {s: statistics.median(r[name] for r in rounds[s]) for s in SIDES} for name in MEASURES}
+        ratios = {name: medians[name]["transformers"] / medians[name]["jaxvlm"] for name in MEASURES[:3]}
+        result[case] = {"medians": medians, "transformers_over_ours": ratios, "rounds": rounds}
+        for side in SIDES:
+            print(f"{case}, {side}: {described({name: medians[name][side] for name in MEASURES})}")
+        print(
+            f"{case}: transformers takes {ratios['seconds']:.2f} of our time, {ratios['process_seconds']:.2f} with imports"
+        )
     Path(options.out).write_text(json.dumps(result, indent=2) + "\n")
-    print(f"transformers takes {result['transformers_seconds_over_ours']:.2f} of our time. Written: {options.out}")
+
+
+def measured(side: str, case: str, folder: str) -> dict:
+    command = [sys.executable, __file__, "--load", side, case, folder, str(time.monotonic())]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def described(values: dict) -> str:
+    seconds = f"{values['seconds']:.2f} s ({values['cpu_seconds']:.2f} s of processor), process {values['process_seconds']:.2f} s"
+    above = ", ".join(f"{values[name] / 2**20:.0f} MiB {name.split('_')[0]}" for name in MEASURES[3:])
+    return f"{seconds}; above the parameters {above}"
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ DTYPES = {
     "U8": "u1",
     "BOOL": "?",
 }
+CODES = {np.dtype(kind): code for code, kind in DTYPES.items()}
 
 
 class SafetensorsFile:

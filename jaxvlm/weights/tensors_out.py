@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +17,7 @@ from jaxvlm.weights import axes as layout
 from jaxvlm.weights.families.base import Family, Rule
 from jaxvlm.weights.plan import slot_rows
 from jaxvlm.weights.readers import WeightsError
+from jaxvlm.weights.safetensors_file import CODES
 
 SHARD_BYTES = 5_000_000_000
 
@@ -113,8 +115,6 @@ def _gathered(value: Any) -> np.ndarray:
 
 def write_shards(tensors: Sequence[Tensor], folder: Path, shard_bytes: int = SHARD_BYTES, stem: str = "model") -> None:
     """Safetensors files of at most `shard_bytes` (one tensor at least), and their index when there are several."""
-    from safetensors.numpy import save_file
-
     shards: list[list[Tensor]] = [[]]
     for tensor in tensors:
         if shards[-1] and sum(t.nbytes for t in shards[-1]) + tensor.nbytes > shard_bytes:
@@ -123,11 +123,27 @@ def write_shards(tensors: Sequence[Tensor], folder: Path, shard_bytes: int = SHA
     index = {}
     for number, shard in enumerate(shards, 1):
         name = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-        values = {tensor.name: tensor.make() for tensor in shard}
-        if jax.process_index() == 0:
-            save_file(values, folder / name, metadata={"format": "pt"})
-        index |= dict.fromkeys(values, name)
+        _write_file(shard, folder / name)
+        index |= dict.fromkeys((tensor.name for tensor in shard), name)
     if len(shards) > 1:
         total = {"total_size": sum(tensor.nbytes for tensor in tensors)}
         text = json.dumps({"metadata": total, "weight_map": dict(sorted(index.items()))}, indent=2)
         (folder / f"{stem}.safetensors.index.json").write_text(text + "\n")
+
+
+def _write_file(tensors: Sequence[Tensor], path: Path) -> None:
+    """One safetensors file. Each tensor is made when it is its turn; all processes do, and the first writes."""
+    tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)  # each begins at a multiple of its type's size
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + tensor.nbytes
+        header[tensor.name] = {"dtype": CODES[tensor.dtype], "shape": tensor.shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path if jax.process_index() == 0 else os.devnull, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            value = np.ascontiguousarray(tensor.make())
+            assert (value.shape, value.dtype) == (tensor.shape, tensor.dtype), tensor.name
+            file.write(value.reshape(-1).view(np.uint8))
