@@ -6,7 +6,7 @@
 `model` is one of the paper's 49 registered models (below); every other argument changes it, or the single-stage base
 `one-stage+7b` without it: `vision`, `llm`, `resize` (resize-naive, resize-crop, letterbox), `mix` (which instruction data),
 `two_stage` (captions first), `train_vision`, `epochs`, `steps` (in their place). `tiny` is the same recipe on a randomly
-initialised toy and its pictures, trained and evaluated in a minute on a CPU, with every language model but phi-2:
+initialised toy and its pictures, trained and evaluated in about a minute on a CPU; it fits every language model but phi-2:
 
   python -m jaxvlm.main --config configs/prismatic.py:model=prism-dinosiglip+7b,tiny --workdir runs/prism-tiny
 
@@ -183,10 +183,10 @@ def toy(config, model):
     for one in config["stages"]:
         one["data"]["sources"] = [dict(name="toy", path=f"asset:toy/{one['name']}.json", images="asset:toy/images")]
         one["optimizer"] |= dict(learning_rate=1e-2 if one["name"] == "align" else 3e-3)
-        one |= dict(batch_size=8, steps=20 if one["name"] == "align" else 60)
+        one |= dict(batch_size=8, steps=20 if one["name"] == "align" else 150)
         one.pop("epochs", None)
     prompt = config["prompt"] | dict(tokenizer="asset:toy", length=128 + model.tile_tokens)
-    evaluation = dict(task="vqa", path="asset:toy/test.jsonl", images="asset:toy/images", max_new_tokens=4)
+    evaluation = dict(task="vqa", path="asset:toy/test.jsonl", images="asset:toy/images", max_new_tokens=6)
     evaluation |= dict(limits=[("left", 24), ("right", 12)], batch_size=12)
-    config |= dict(name=f"{config['name']}-tiny", expected="a minute", model=to_dict(model), prompt=prompt, init=dict())
+    config |= dict(name=f"{config['name']}-tiny", expected="about a minute", model=to_dict(model), prompt=prompt, init=dict())
     return config | dict(eval=evaluation)
