@@ -147,5 +147,7 @@ def toy(config, model):
     prompt = config["prompt"] | dict(tokenizer="asset:toy", template="vicuna_v1", length=128)
     evaluation = dict(task="vqa", path="asset:toy/test.jsonl", images="asset:toy/images", max_new_tokens=6)
     evaluation |= dict(limits=[("left", 24), ("right", 12)], batch_size=12)
-    config |= dict(name=f"{config['name']}-tiny", expected="a minute or two", model=to_dict(model), prompt=prompt, init=dict())
+    config |= dict(
+        name=f"{config['name']}-tiny", expected="a minute or two", model=to_dict(model), prompt=prompt, init=dict()
+    )
     return config | dict(eval=evaluation)

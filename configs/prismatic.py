@@ -188,5 +188,7 @@ def toy(config, model):
     prompt = config["prompt"] | dict(tokenizer="asset:toy", length=128 + model.tile_tokens)
     evaluation = dict(task="vqa", path="asset:toy/test.jsonl", images="asset:toy/images", max_new_tokens=6)
     evaluation |= dict(limits=[("left", 24), ("right", 12)], batch_size=12)
-    config |= dict(name=f"{config['name']}-tiny", expected="about a minute", model=to_dict(model), prompt=prompt, init=dict())
+    config |= dict(
+        name=f"{config['name']}-tiny", expected="about a minute", model=to_dict(model), prompt=prompt, init=dict()
+    )
     return config | dict(eval=evaluation)
