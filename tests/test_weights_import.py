@@ -226,7 +226,7 @@ def test_our_defaults_are_transformers_defaults_vision(tmp_path, kind):
     assert config_from(tmp_path) == config_from(tmp_path / "full")
 
 
-DECODERS = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi", "phi3", "opt"]
+DECODERS = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "opt"]
 
 
 @pytest.mark.parametrize("kind", DECODERS)
