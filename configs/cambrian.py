@@ -8,7 +8,7 @@ letterboxed; the bars' tokens are left out and their cells hidden from the aggre
 
   python -m jaxvlm.main --config configs/cambrian.py:tiny --workdir runs/cambrian-tiny
 
-`weights` holds the four TOWERS and the language model under their names on the hub, `data` holds `alignment_2.5m.jsonl` and
+`weights` holds the folders that TOWERS and LLMS name, `data` holds `alignment_2.5m.jsonl` and
 `Cambrian7M_withsystemprompt.jsonl` with the images as these name them.
 
 Settings are those of scripts/cambrian/{pretrain,finetune}_cambrian_*.sh: AdamW without weight decay, cosine, one epoch each; the
@@ -21,43 +21,51 @@ Expect the paper's numbers (8B: MME 1547, GQA 64.6, CV-Bench 72.3 and 72.0). Thi
 parts are tested against torch on small models.
 """
 
-from dataclasses import replace
-from pathlib import Path
-
-from jaxvlm.config import to_dict
 from jaxvlm.config_files import complete, parse_arg
-from jaxvlm.weights.families import cambrian
 
-TOWERS = {  # Cambrian's names, and the folders under `weights`
-    "siglip/CLIP-ViT-SO400M-14-384": "ViT-SO400M-14-SigLIP-384",
-    "openai/clip-vit-large-patch14-336": "clip-vit-large-patch14-336",
-    "facebook/dinov2-giant-res378": "dinov2-giant",
-    "clip-convnext-XXL-multi-stage": "CLIP-convnext_xxlarge-laion2B-s34B-b82K-augreg-soup",
+FINAL = dict(feature_layers=(-1,), feature_norm=True)  # the normed last layer, where CLIP gives the one before
+TIMM = dict(activation="gelu_erf", norm_eps=1e-6, patch_bias=True, pre_norm=False)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+SIGLIP = dict(image_size=384, patch_size=14, width=1152, depth=27, num_heads=16, mlp_dim=4304, class_token=False)
+SIGLIP |= dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), fill=CLIP_MEAN, resized_grid=24, **TIMM, **FINAL)
+CLIP = dict(image_size=336, patch_size=14, width=1024, depth=24, num_heads=16, mlp_dim=4096)
+DINO = dict(image_size=378, patch_size=14, width=1536, depth=40, num_heads=24, mlp_dim=4096, mlp="swiglu")
+DINO |= dict(layer_scale=True, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), resized_grid=24, **TIMM, **FINAL)
+CONVNEXT = dict(kind="convnext", image_size=1024, patch_size=32, activation="gelu_erf", layer_scale=True)
+CONVNEXT |= dict(stage_depths=(3, 4, 30, 3), stage_widths=(384, 768, 1536, 3072), feature_layers=(0, 1, 2, 3))
+CONVNEXT |= dict(class_token=False, patch_bias=True, pre_norm=False, resized_grid=96)
+TOWERS = {  # the folder under `weights`, and what it holds
+    "ViT-SO400M-14-SigLIP-384": SIGLIP,
+    "clip-vit-large-patch14-336": CLIP,
+    "dinov2-giant": DINO,
+    "CLIP-convnext_xxlarge-laion2B-s34B-b82K-augreg-soup": CONVNEXT,
 }
 LLMS = {
     "8b": dict(
-        name="Meta-Llama-3-8B-Instruct",
+        folder="Meta-Llama-3-8B-Instruct",
+        template="cambrian_llama_3",
         learning_rate=4e-5,
         batch_size=512,
-        sampler_layers=(10, 3),  # how many, and from each to the next
-        config=dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=14336)
-        | dict(num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192, rope_theta=500000.0),
+        samplers=range(0, 30, 3),  # the layers with an aggregator behind them
+        model=dict(width=4096, depth=32, num_heads=32, num_kv_heads=8, head_dim=128, mlp_dim=14336)
+        | dict(vocab_size=128256, max_positions=8192, rope_theta=500000.0),
     ),
     "13b": dict(
-        name="vicuna-13b-v1.5",
+        folder="vicuna-13b-v1.5",
+        template="vicuna_v1",
         learning_rate=4e-5,
         batch_size=512,
-        sampler_layers=(10, 4),
-        config=dict(hidden_size=5120, num_hidden_layers=40, num_attention_heads=40, intermediate_size=13824)
-        | dict(num_key_value_heads=40, vocab_size=32000, max_position_embeddings=4096, rope_theta=10000.0),
+        samplers=range(0, 40, 4),
+        model=dict(width=5120, depth=40, num_heads=40, num_kv_heads=40, head_dim=128, mlp_dim=13824),
     ),
     "34b": dict(
-        name="Nous-Hermes-2-Yi-34B",
+        folder="Nous-Hermes-2-Yi-34B",
+        template="cambrian_chatml",
         learning_rate=2e-5,
         batch_size=1024,
-        sampler_layers=(9, 7),
-        config=dict(hidden_size=7168, num_hidden_layers=60, num_attention_heads=56, intermediate_size=20480)
-        | dict(num_key_value_heads=8, vocab_size=64000, max_position_embeddings=4096, rope_theta=5000000.0),
+        samplers=range(0, 63, 7),
+        model=dict(width=7168, depth=60, num_heads=56, num_kv_heads=8, head_dim=128, mlp_dim=20480)
+        | dict(vocab_size=64000, rope_theta=5000000.0),
     ),
 }
 SAMPLERS = r"connector/(query$|group_|llm_layers/)"
@@ -66,9 +74,8 @@ SAMPLERS = r"connector/(query$|group_|llm_layers/)"
 def get_config(arg=None):
     arg = parse_arg(arg, size=tuple(LLMS), tiny=False, weights="weights", data="data")
     llm = LLMS[arg.size]
-    given = checkpoint(llm)
-    model = cambrian.configure(given, Path())
-    llm_path = f"{arg.weights}/{llm['name']}"
+    llm_path = f"{arg.weights}/{llm['folder']}"
+    sva = dict(width=1024, num_heads=16, depth=3, grid=24, llm_layers=tuple(llm["samplers"]))
     align = dict(
         name="align",
         trainable=("connector/.*",),
@@ -88,53 +95,32 @@ def get_config(arg=None):
     config = dict(
         name=f"cambrian-{arg.size}",
         description=__doc__.splitlines()[0],
-        model=to_dict(model),
-        init=dict(vision=",".join(f"{arg.weights}/{folder}" for folder in TOWERS.values()), llm=llm_path),
-        prompt=dict(tokenizer=llm_path, **cambrian.prompt(given, Path())),
+        model=dict(
+            vision=dict(kind="fused", towers=list(TOWERS.values())),
+            connector=dict(kind="sva", row_end=True, sva=sva),
+            llm=llm["model"],
+        ),
+        init=dict(vision=",".join(f"{arg.weights}/{folder}" for folder in TOWERS), llm=llm_path),
+        prompt=dict(tokenizer=llm_path, template=llm["template"], transform="letterbox_unpad", length=2048),
         stages=[align, instruct],
     )
-    return complete(toy(config, model) if arg.tiny else config)
-
-
-def checkpoint(llm):
-    """What the config.json of a released checkpoint says of the model."""
-    count, stride = llm["sampler_layers"]
-    return dict(
-        model_type="cambrian_llama",
-        rms_norm_eps=1e-5,
-        **llm["config"],
-        mm_projector_type="sva",
-        mm_vision_tower_aux_list=list(TOWERS),
-        mm_vision_tower_aux_token_len_list=[576, 576, 576, 9216],
-        image_token_len=576,
-        num_query_group=1,
-        query_num_list=[576],
-        vision_hidden_size=1024,
-        connector_depth=3,
-        connector_only=False,
-        num_of_vision_sampler_layers=count,
-        stride_of_vision_sampler_layers=stride,
-        tokenizer_model_max_length=2048,
-    )
+    return complete(toy(config) if arg.tiny else config)
 
 
 def source(data, name):
     return dict(name=name, path=f"{data}/{name}.jsonl", images=data)
 
 
-def toy(config, model):
+def toy(config):
     """The recipe on a toy: two of the towers, the aggregators and the decoder shrunk, and a schedule that suits them."""
     vit = dict(image_size=28, patch_size=7, width=32, depth=2, num_heads=4, mlp_dim=64, resized_grid=0)
     convnext = dict(image_size=64, stage_depths=(1, 1, 1, 1), stage_widths=(8, 16, 24, 32), resized_grid=16)
-    siglip, _, _, last = model.vision.towers
-    towers = replace(siglip, **vit), replace(last, **convnext)
-    sva = replace(model.connector.sva, width=32, num_heads=4, depth=1, grid=4, llm_layers=(0,))
+    sva = dict(width=32, num_heads=4, depth=1, grid=4, llm_layers=(0,))
     llm = dict(vocab_size=512, width=64, depth=2, num_heads=4, num_kv_heads=4, head_dim=16, mlp_dim=128)
-    model = replace(
-        model,
-        vision=replace(model.vision, towers=towers),
-        connector=replace(model.connector, sva=sva),
-        llm=replace(model.llm, **llm),
+    config["model"] |= dict(
+        vision=dict(kind="fused", towers=[SIGLIP | vit, CONVNEXT | convnext]),
+        connector=dict(kind="sva", row_end=True, sva=sva),
+        llm=config["model"]["llm"] | llm,
         dtype="float32",
         remat="none",
     )
@@ -144,10 +130,7 @@ def toy(config, model):
         one |= dict(batch_size=8, steps=steps, cache_features=True)
         one.pop("epochs")
     # The toy's tokenizer has none of the special tokens of Llama 3 or ChatML.
-    prompt = config["prompt"] | dict(tokenizer="asset:toy", template="vicuna_v1", length=128)
-    evaluation = dict(task="vqa", path="asset:toy/test.jsonl", images="asset:toy/images", max_new_tokens=6)
-    evaluation |= dict(limits=[("left", 24), ("right", 12)], batch_size=12)
-    config |= dict(
-        name=f"{config['name']}-tiny", expected="a minute or two", model=to_dict(model), prompt=prompt, init=dict()
-    )
-    return config | dict(eval=evaluation)
+    config["prompt"] |= dict(tokenizer="asset:toy", template="vicuna_v1", length=128)
+    config["eval"] = dict(task="vqa", path="asset:toy/test.jsonl", images="asset:toy/images", max_new_tokens=6)
+    config["eval"] |= dict(limits=[("left", 24), ("right", 12)], batch_size=12)
+    return config | dict(name=f"{config['name']}-tiny", expected="a minute or two", init=dict())

@@ -1,7 +1,6 @@
 """Prismatic VLMs (Karamcheti et al. 2024, "Investigating the Design Space of Visually-Conditioned Language Models").
 
-  python -m jaxvlm.main --config configs/prismatic.py:model=prism-dinosiglip+7b,weights=/path/weights,data=/path/data \
-      --workdir runs/prism
+  python -m jaxvlm.main --config configs/prismatic.py:model=prism-dinosiglip+7b,weights=/weights,data=/data --workdir runs/prism
 
 `model` is one of the paper's 49 registered models (below); every other argument changes it, or the single-stage base
 `one-stage+7b` without it: `vision`, `llm`, `resize` (resize-naive, resize-crop, letterbox), `mix` (which instruction data),
@@ -10,7 +9,7 @@ initialised toy and its pictures, trained and evaluated in about a minute on a C
 
   python -m jaxvlm.main --config configs/prismatic.py:model=prism-dinosiglip+7b,tiny --workdir runs/prism-tiny
 
-`weights` holds the towers and language models as FOLDERS and Hugging Face name them, `data` the files as Prismatic's own
+`weights` holds the folders that TOWERS and LLMS name, in Hugging Face's or timm's form, `data` the files as Prismatic's own
 preprocessing lays them out (`download/llava-v1.5-instruct/`, `download/llava-laion-cc-sbu-558k/`).
 
 Settings are those of its conf/models.py: AdamW, batch 128 and 2e-5 (captions: 256 and 1e-3), cosine after 3 % warm-up, gradients
@@ -21,27 +20,52 @@ Expect the paper's numbers (one-stage+7b: VQAv2 77.1, RefCOCO 64.1; prism-dinosi
 the full recipe yet: its parts are tested against torch on small models.
 """
 
-from dataclasses import replace
-from pathlib import Path
-
-from jaxvlm.config import to_dict
 from jaxvlm.config_files import complete, parse_arg
-from jaxvlm.weights.families import prismatic
 
-DINO = "vit_large_patch14_reg4_dinov2.lvd142m"  # timm's, whose way of resizing positions Prismatic has
-FOLDERS = {
-    "clip-vit-l-336px": ("clip-vit-large-patch14-336",),
-    "clip-vit-l": ("clip-vit-large-patch14",),
-    "siglip-vit-so400m": ("siglip-so400m-patch14-224",),
-    "siglip-vit-so400m-384px": ("siglip-so400m-patch14-384",),
-    "dinov2-vit-l": (DINO,),
-    "in1k-vit-l": ("vit_large_patch16_224.augreg_in21k_ft_in1k",),
-    "dinoclip-vit-l-336px": (DINO, "clip-vit-large-patch14-336"),
-    "dinosiglip-vit-so-224px": (DINO, "siglip-so400m-patch14-224"),
-    "dinosiglip-vit-so-384px": (DINO, "siglip-so400m-patch14-384"),
+IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+HALF = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+LARGE = dict(width=1024, depth=24, num_heads=16, mlp_dim=4096)
+TIMM = dict(activation="gelu_erf", norm_eps=1e-6, patch_bias=True, pre_norm=False)  # SigLIP ran with this GELU too
+CLIP = dict(patch_size=14, **LARGE)
+SIGLIP = dict(patch_size=14, width=1152, depth=27, num_heads=16, mlp_dim=4304, class_token=False, **TIMM, **HALF)
+DINO = dict(patch_size=14, num_registers=4, layer_scale=True, **LARGE, **TIMM, **IMAGENET)
+DINO_FOLDER = "vit_large_patch14_reg4_dinov2.lvd142m"  # timm's, whose way of resizing positions Prismatic has
+IN1K = dict(patch_size=16, **LARGE, **TIMM, **HALF)
+# Pixels on a side, and the towers in the order of their channels: the folder under `weights`, and what it holds.
+TOWERS = {
+    "clip-vit-l-336px": (336, ("clip-vit-large-patch14-336", CLIP)),
+    "clip-vit-l": (224, ("clip-vit-large-patch14", CLIP)),
+    "siglip-vit-so400m": (224, ("siglip-so400m-patch14-224", SIGLIP)),
+    "siglip-vit-so400m-384px": (384, ("siglip-so400m-patch14-384", SIGLIP)),
+    "dinov2-vit-l": (224, (DINO_FOLDER, DINO)),
+    "in1k-vit-l": (224, ("vit_large_patch16_224.augreg_in21k_ft_in1k", IN1K)),
+    # This CLIP ran with a GELU that is not its own.
+    "dinoclip-vit-l-336px": (
+        336,
+        (DINO_FOLDER, DINO),
+        ("clip-vit-large-patch14-336", CLIP | dict(activation="gelu_erf")),
+    ),
+    "dinosiglip-vit-so-224px": (224, (DINO_FOLDER, DINO), ("siglip-so400m-patch14-224", SIGLIP)),
+    "dinosiglip-vit-so-384px": (384, (DINO_FOLDER, DINO), ("siglip-so400m-patch14-384", SIGLIP)),
 }
-LLMS = ("vicuna-v15-7b", *(name for name in prismatic.LLMS if name != "vicuna-v15-7b"))
-RESIZE = ("letterbox", "resize-naive", "resize-crop")
+LLAMA_7B = dict(width=4096, depth=32, num_heads=32, num_kv_heads=32, head_dim=128, mlp_dim=11008)
+LLAMA_13B = dict(width=5120, depth=40, num_heads=40, num_kv_heads=40, head_dim=128, mlp_dim=13824)
+MISTRAL = LLAMA_7B | dict(num_kv_heads=8, mlp_dim=14336, sliding_window=4096, max_positions=32768)
+PHI_2 = dict(vocab_size=51200, width=2560, depth=32, num_heads=32, num_kv_heads=32, head_dim=80, mlp_dim=10240)
+PHI_2 |= dict(norm="layer", parallel=True, activation="gelu_tanh", gated=False, rope_fraction=0.4, max_positions=2048)
+PHI_2 |= dict(qkv_bias=True, out_bias=True, mlp_bias=True, head_bias=True)
+LLMS = {  # the folder under `weights`, what it holds, and the template that it is trained with
+    "vicuna-v15-7b": ("vicuna-7b-v1.5", LLAMA_7B, "vicuna_v1"),
+    "vicuna-v15-13b": ("vicuna-13b-v1.5", LLAMA_13B, "vicuna_v1"),
+    "llama2-7b-pure": ("Llama-2-7b-hf", LLAMA_7B, "prism"),
+    "llama2-13b-pure": ("Llama-2-13b-hf", LLAMA_13B, "prism"),
+    "llama2-7b-chat": ("Llama-2-7b-chat-hf", LLAMA_7B, "prism_llama_2"),
+    "llama2-13b-chat": ("Llama-2-13b-chat-hf", LLAMA_13B, "prism_llama_2"),
+    "mistral-v0.1-7b-pure": ("Mistral-7B-v0.1", MISTRAL, "prism"),
+    "mistral-v0.1-7b-instruct": ("Mistral-7B-Instruct-v0.1", MISTRAL, "prism_mistral"),
+    "phi-2-3b": ("phi-2", PHI_2, "prism_phi"),
+}
+TRANSFORMS = {"letterbox": "letterbox", "resize-naive": "naive", "resize-crop": "crop"}
 MIXES = {
     "llava-v15": "llava_v1_5_mix665k",
     "llava-multimodal": "llava_v1_5_stripped625k",
@@ -50,7 +74,7 @@ MIXES = {
     "llava-lvis4v-lrv": "llava_v1_5_lvis4v_lrv_mix1231k",
 }
 
-SIGLIP, DINOCLIP = "vision=siglip-vit-so400m-384px", "vision=dinoclip-vit-l-336px"
+SIGLIP_384, DINOCLIP = "vision=siglip-vit-so400m-384px", "vision=dinoclip-vit-l-336px"
 DINOSIGLIP, DINOSIGLIP_224 = "vision=dinosiglip-vit-so-384px", "vision=dinosiglip-vit-so-224px"
 PRISM_7B, PRISM_13B = ("llm=llama2-7b-pure,resize=resize-naive", "llm=llama2-13b-pure,resize=resize-naive")
 FULL = "mix=llava-lvis4v-lrv,epochs=2"
@@ -67,9 +91,9 @@ MODELS = {  # what each changes of the single-stage base, as arguments
     "siglip-224px+7b": "vision=siglip-vit-so400m",
     "clip-336px-resize-crop+7b": "resize=resize-crop",
     "clip-336px-resize-naive+7b": "resize=resize-naive",
-    "siglip-384px-letterbox+7b": SIGLIP,
-    "siglip-384px-resize-crop+7b": f"{SIGLIP},resize=resize-crop",
-    "siglip-384px-resize-naive+7b": f"{SIGLIP},resize=resize-naive",
+    "siglip-384px-letterbox+7b": SIGLIP_384,
+    "siglip-384px-resize-crop+7b": f"{SIGLIP_384},resize=resize-crop",
+    "siglip-384px-resize-naive+7b": f"{SIGLIP_384},resize=resize-naive",
     "dinoclip-336px-letterbox+7b": DINOCLIP,
     "dinoclip-336px-resize-naive+7b": f"{DINOCLIP},resize=resize-naive",
     "dinosiglip-384px-letterbox+7b": DINOSIGLIP,
@@ -94,10 +118,10 @@ MODELS = {  # what each changes of the single-stage base, as arguments
     "prism-clip-controlled+13b": PRISM_13B,
     "prism-clip+7b": f"{PRISM_7B},{FULL}",
     "prism-clip+13b": f"{PRISM_13B},{FULL}",
-    "prism-siglip-controlled+7b": f"{SIGLIP},{PRISM_7B}",
-    "prism-siglip-controlled+13b": f"{SIGLIP},{PRISM_13B}",
-    "prism-siglip+7b": f"{SIGLIP},{PRISM_7B},{FULL}",
-    "prism-siglip+13b": f"{SIGLIP},{PRISM_13B},{FULL}",  # its entry names a CLIP, by mistake
+    "prism-siglip-controlled+7b": f"{SIGLIP_384},{PRISM_7B}",
+    "prism-siglip-controlled+13b": f"{SIGLIP_384},{PRISM_13B}",
+    "prism-siglip+7b": f"{SIGLIP_384},{PRISM_7B},{FULL}",
+    "prism-siglip+13b": f"{SIGLIP_384},{PRISM_13B},{FULL}",  # its entry names a CLIP, by mistake
     "prism-dinosiglip-controlled+7b": f"{DINOSIGLIP},{PRISM_7B}",
     "prism-dinosiglip-controlled+13b": f"{DINOSIGLIP},{PRISM_13B}",
     "prism-dinosiglip+7b": f"{DINOSIGLIP},{PRISM_7B},{FULL}",
@@ -107,9 +131,9 @@ MODELS = {  # what each changes of the single-stage base, as arguments
 }
 ARGUMENTS = dict(
     model=tuple(MODELS),
-    vision=tuple(FOLDERS),
-    llm=LLMS,
-    resize=RESIZE,
+    vision=tuple(TOWERS),
+    llm=tuple(LLMS),
+    resize=tuple(TRANSFORMS),
     mix=tuple(MIXES),
     two_stage=False,
     train_vision=False,
@@ -124,71 +148,73 @@ ARGUMENTS = dict(
 def get_config(arg=None):
     base = MODELS[parse_arg(arg, **ARGUMENTS).model]
     arg = parse_arg(f"{base},{arg or ''}", **ARGUMENTS)  # what is given comes last, and counts
-    model, prompt = architecture(arg)
+    size, *towers = TOWERS[arg.vision]
+    llm_folder, llm, template = LLMS[arg.llm]
+    llm_path = f"{arg.weights}/{llm_folder}"
+    vision = [tower | dict(image_size=size) for _, tower in towers]
     instruct = stage(
         "instruct",
         ("connector/.*", "llm/.*", *["vision/.*"] * arg.train_vision),
-        "llava-v1.5-instruct",
+        f"{arg.data}/download/llava-v1.5-instruct",
         MIXES[arg.mix],
         learning_rate=2e-5,
         batch_size=128,
-        arg=arg,
     )
     instruct |= dict(steps=arg.steps) if arg.steps else dict(epochs=arg.epochs)
-    align = stage(
-        "align", ("connector/.*",), "llava-laion-cc-sbu-558k", "chat", learning_rate=1e-3, batch_size=256, arg=arg
-    )
+    captions = f"{arg.data}/download/llava-laion-cc-sbu-558k"
+    align = stage("align", ("connector/.*",), captions, "chat", learning_rate=1e-3, batch_size=256)
     align["data"]["template"] = "plain_eos"
     align["epochs"] = 1.0
-    llm = f"{arg.weights}/{prismatic.LLMS[arg.llm][0].partition('/')[2]}"
     config = dict(
         name=f"prismatic-{arg.model}",
         description=__doc__.splitlines()[0],
         seed=7,
-        model=to_dict(model),
-        init=dict(vision=",".join(f"{arg.weights}/{folder}" for folder in FOLDERS[arg.vision]), llm=llm),
-        prompt=dict(tokenizer=llm, **prompt),
+        model=dict(
+            vision=dict(kind="fused", towers=vision) if len(vision) > 1 else vision[0],
+            connector=dict(kind="fused_mlp" if len(vision) > 1 else "mlp2x_gelu"),
+            llm=llm,
+        ),
+        init=dict(vision=",".join(f"{arg.weights}/{folder}" for folder, _ in towers), llm=llm_path),
+        prompt=dict(
+            tokenizer=llm_path,
+            template=template,
+            transform=TRANSFORMS[arg.resize],
+            layout="prismatic",
+            length=2048 + (size // vision[0]["patch_size"]) ** 2,
+            truncation="before_splice",
+        ),
         stages=[align, instruct] if arg.two_stage else [instruct],
     )
-    return complete(toy(config, model) if arg.tiny else config)
+    return complete(toy(config, vision) if arg.tiny else config)
 
 
-def architecture(arg):
-    """The model, and what goes with it in `prompt`, as a checkpoint of Prismatic with these names would be read."""
-    connector = "fused-gelu-mlp" if len(FOLDERS[arg.vision]) > 1 else "gelu-mlp"
-    names = dict(vision_backbone_id=arg.vision, llm_backbone_id=arg.llm, arch_specifier=connector)
-    # The first stage's language model is the original one.
-    given = dict(model=dict(**names, image_resize_strategy=arg.resize, llm_max_length=2048), stage="align")
-    return prismatic.configure(given, Path()), prismatic.prompt(given, Path())
-
-
-def stage(name, trainable, folder, file, learning_rate, batch_size, arg):
-    path = f"{arg.data}/download/{folder}"
+def stage(name, trainable, folder, file, learning_rate, batch_size):
     return dict(
         name=name,
         trainable=trainable,
-        data=dict(sources=[dict(name=file, path=f"{path}/{file}.json", images=path)]),
+        data=dict(sources=[dict(name=file, path=f"{folder}/{file}.json", images=folder)]),
         optimizer=dict(learning_rate=learning_rate, clip_norm=1.0, warmup_ratio=0.03, warmup_rounding="floor"),
         batch_size=batch_size,
     )
 
 
-def toy(config, model):
+def toy(config, vision):
     """The recipe on a toy: every tower and the language model shrunk, learning rates and steps that suit them."""
     size = dict(image_size=28, patch_size=14, width=32, depth=3, num_heads=4, mlp_dim=64)
-    towers = tuple(replace(tower, **size) for tower in model.vision.parts)
-    vision = replace(model.vision, towers=towers) if model.vision.kind == "fused" else towers[0]
+    towers = [tower | size for tower in vision]
     llm = dict(vocab_size=512, width=64, depth=2, num_heads=4, num_kv_heads=4, head_dim=16, mlp_dim=128)
-    model = replace(model, vision=vision, llm=replace(model.llm, **llm), dtype="float32", remat="none")
+    config["model"] |= dict(
+        vision=dict(kind="fused", towers=towers) if len(towers) > 1 else towers[0],
+        llm=config["model"]["llm"] | llm,
+        dtype="float32",
+        remat="none",
+    )
     for one in config["stages"]:
         one["data"]["sources"] = [dict(name="toy", path=f"asset:toy/{one['name']}.json", images="asset:toy/images")]
         one["optimizer"] |= dict(learning_rate=1e-2 if one["name"] == "align" else 3e-3)
         one |= dict(batch_size=8, steps=20 if one["name"] == "align" else 150)
         one.pop("epochs", None)
-    prompt = config["prompt"] | dict(tokenizer="asset:toy", length=128 + model.tile_tokens)
-    evaluation = dict(task="vqa", path="asset:toy/test.jsonl", images="asset:toy/images", max_new_tokens=6)
-    evaluation |= dict(limits=[("left", 24), ("right", 12)], batch_size=12)
-    config |= dict(
-        name=f"{config['name']}-tiny", expected="about a minute", model=to_dict(model), prompt=prompt, init=dict()
-    )
-    return config | dict(eval=evaluation)
+    config["prompt"] |= dict(tokenizer="asset:toy", length=128 + 4)
+    config["eval"] = dict(task="vqa", path="asset:toy/test.jsonl", images="asset:toy/images", max_new_tokens=6)
+    config["eval"] |= dict(limits=[("left", 24), ("right", 12)], batch_size=12)
+    return config | dict(name=f"{config['name']}-tiny", expected="about a minute", init=dict())

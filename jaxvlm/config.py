@@ -171,14 +171,16 @@ class LoRAConfig:
 class RopeScalingConfig:
     """Rotary positions stretched beyond the pre-training length, as Hugging Face names and computes the kinds."""
 
-    kind: str = "default"  # default | linear | llama3 | longrope
+    kind: str = "default"  # default | linear | llama3 | yarn | longrope
     factor: float = 1.0
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0
-    original_max_positions: int = 8192  # llama3, longrope
+    original_max_positions: int = 8192  # llama3, yarn, longrope
     short_factor: tuple[float, ...] = ()  # longrope: a factor for each pair of dimensions
     long_factor: tuple[float, ...] = ()
-    attention_factor: float = 1.0  # longrope: multiplies cos and sin
+    attention_factor: float = 1.0  # yarn, longrope: multiplies cos and sin
+    beta_fast: float = 32.0  # yarn: what turns more often than this over the original length stays,
+    beta_slow: float = 1.0  # and what turns less often is stretched by the whole factor
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,8 @@ from jaxvlm.models.vlm import VLM, abstract_params
 from jaxvlm.train.optimizer import make_optimizer
 from jaxvlm.train.state import TrainState, split
 from jaxvlm.train.step import make_step
+from jaxvlm.weights.families import cambrian as read_cambrian
+from jaxvlm.weights.families import prismatic as read_prismatic
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -145,6 +147,44 @@ def test_prismatics_registered_models():
         config = prismatic(f":model={name}")
         assert config.model.llm.width == {"7": 4096, "1": 5120, "3": 2560}[name.split("+")[1][0]]
         assert config.model.tile_tokens == config.prompt.length - 2048
+
+
+@pytest.mark.parametrize("resize", ["letterbox", "resize-naive", "resize-crop"])
+def test_prismatics_parts_are_what_its_checkpoints_are_read_as(resize):
+    """Every tower and language model, in pairs: the tables of the config and of the importer say the same."""
+    tables = runpy.run_path(str(ROOT / "configs" / "prismatic.py"))
+    for vision, llm in zip(tables["TOWERS"], tables["LLMS"], strict=True):
+        config = prismatic(f":vision={vision},llm={llm},resize={resize}")
+        connector = "fused-gelu-mlp" if vision.startswith(("dinoclip", "dinosiglip")) else "gelu-mlp"
+        names = {"vision_backbone_id": vision, "llm_backbone_id": llm, "arch_specifier": connector}
+        given = {"model": names | {"image_resize_strategy": resize}, "stage": "align"}
+        assert config.model == read_prismatic.configure(given, Path())
+        read = read_prismatic.prompt(given, Path())
+        assert {key: getattr(config.prompt, key) for key in read} == read
+
+
+def test_cambrians_models_are_what_its_checkpoints_are_read_as():
+    towers = ["siglip/CLIP-ViT-SO400M-14-384", "openai/clip-vit-large-patch14-336", "facebook/dinov2-giant-res378"]
+    given = {"model_type": "cambrian_llama", "rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
+    given |= {"mm_vision_tower_aux_list": [*towers, "clip-convnext-XXL-multi-stage"], "mm_projector_type": "sva"}
+    given |= {"mm_vision_tower_aux_token_len_list": [576, 576, 576, 9216], "image_token_len": 576}
+    given |= {"num_query_group": 1, "query_num_list": [576], "vision_hidden_size": 1024, "connector_depth": 3}
+    given |= {"connector_only": False, "start_of_vision_sampler_layers": 0, "tokenizer_model_max_length": 2048}
+
+    def sizes(width, depth, heads, kv_heads, mlp, **more):
+        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+        return dict(zip(names, (width, depth, heads, kv_heads, mlp), strict=True)) | more
+
+    for size, count, stride, llm in (
+        ("8b", 10, 3, sizes(4096, 32, 32, 8, 14336, vocab_size=128256, rope_theta=5e5, max_position_embeddings=8192)),
+        ("13b", 10, 4, sizes(5120, 40, 40, 40, 13824, vocab_size=32000, rope_theta=1e4)),
+        ("34b", 9, 7, sizes(7168, 60, 56, 8, 20480, vocab_size=64000, rope_theta=5e6)),
+    ):
+        layers = {"num_of_vision_sampler_layers": count, "stride_of_vision_sampler_layers": stride}
+        config = load_config(str(ROOT / "configs" / "cambrian.py") + f":size={size}")
+        assert config.model == read_cambrian.configure(given | layers | llm, Path())
+        read = read_cambrian.prompt(given | layers | llm, Path())
+        assert {key: getattr(config.prompt, key) for key in read} == read
 
 
 def test_cambrian_is_the_published_recipe():

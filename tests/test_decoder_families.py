@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from functools import partial
 
 import jax
@@ -37,6 +38,7 @@ SHAPE = {
 THREE_HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 300.0, "factor": 8.0}
 LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 24}
+YARN = {"rope_type": "yarn", "rope_theta": 300.0, "factor": 4.0, "original_max_position_embeddings": 16}
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75}
 LONGROPE |= {"short_factor": [1.0, 1.1, 1.3], "long_factor": [1.2, 2.5, 6.0]}
 GEMMA3_ROPES = {
@@ -55,9 +57,11 @@ FAMILIES = {
     "mistral": ("Mistral", SHAPE | THREE_HEADS | {"head_dim": 6, "sliding_window": 4}),
     "qwen2": (
         "Qwen2",
-        SHAPE | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1, "tie_word_embeddings": True},
+        SHAPE | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1, "tie_word_embeddings": True}
+        | {"rope_parameters": YARN | {"beta_fast": 4.0, "beta_slow": 0.5}},
     ),
     "qwen3": ("Qwen3", SHAPE | THREE_HEADS | {"head_dim": 4, "tie_word_embeddings": True}),
+    "gemma": ("Gemma", SHAPE | {"head_dim": 10}),
     "gemma2": (
         "Gemma2",
         SHAPE | {"head_dim": 10, "sliding_window": 5, "query_pre_attn_scalar": 7}
@@ -230,6 +234,20 @@ def test_gguf_equals_the_folder(name, tmp_path):
         lambda path, x: x + (name == "gemma2" and path[-1].key == "scale"), expected
     )
     jax.tree.map(np.testing.assert_array_equal, ours, expected)
+    if name == "qwen3":
+        return  # the same table as qwen2
+    # The tensors as transformers reads them; of the settings it takes some for granted that the file has.
+    config = theirs.config
+    config.query_pre_attn_scalar = 10  # and the file lacks this one
+    options = {"gguf_file": "model.gguf", "config": config, "dtype": torch.float32, "attn_implementation": "eager"}
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, **options)
+    tokens = np.arange(1, 13, dtype=np.int32)[None]
+    logits = forward(ModelConfig(llm=found, dtype="float32", remat="none"), {"llm": ours}, tokens, np.ones_like(tokens))
+    with torch.no_grad():
+        wanted = oracle(torch.from_numpy(tokens).long()).logits.numpy()
+    error = np.abs(logits - wanted).max() / np.abs(wanted).max()
+    record_parity({"qwen2": "gguf_qwen", "gemma2": "gguf_gemma", "phi3": "gguf_phi3"}[name], "llm", error)
+    assert error <= 2e-5
 
 
 # ------------------------------------------------------------------------------------------------- config.json as found
@@ -258,6 +276,25 @@ FOUND = {
     "Qwen2.5 with a window never used": (
         {"model_type": "qwen2", "num_hidden_layers": 28, "max_window_layers": 28, "sliding_window": 131072},
         {"qkv_bias": True, "sliding_window": None, "full_layers": ()},
+    ),
+    "Qwen2.5 as its card says to stretch it": (
+        {
+            "model_type": "qwen2",
+            "max_position_embeddings": 32768,
+            "rope_theta": 1e6,
+            "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"},
+        },
+        {
+            "rope_scaling": RopeScalingConfig(
+                "yarn", 4.0, original_max_positions=32768, attention_factor=0.1 * math.log(4) + 1
+            )
+        },
+    ),
+    "Gemma 2B": (
+        {"model_type": "gemma", "hidden_size": 2048, "num_hidden_layers": 18, "num_key_value_heads": 1}
+        | {"hidden_act": "gelu", "num_attention_heads": 8, "intermediate_size": 16384},
+        {"norm": "rms_plus_one", "post_norms": False, "activation": "gelu_tanh", "embed_scale": 2048**0.5}
+        | {"tie_embeddings": True, "head_dim": 256, "attn_scale": None, "sliding_window": None},
     ),
     "Phi-3-mini-128k of the first weeks": (
         {
@@ -323,6 +360,8 @@ def test_configs_as_the_hub_has_them(name, tmp_path):
             {"model_type": "llama", "rope_scaling": {"type": "llama3", "factor": 2.0}},
             "'llama3' lacks 'low_freq_factor'",
         ),
+        ({"model_type": "qwen2", "rope_scaling": {"type": "yarn", "factor": 4, "mscale": 2}}, "'yarn' with mscale"),
+        ({"model_type": "qwen2", "rope_scaling": {"type": "yarn"}}, "'yarn' lacks 'factor'"),
         ({"model_type": "phi3", "rope_scaling": {"type": "longrope", **LONGROPE}}, "3 short and 3 long factors for 72"),
         ({"model_type": "qwen3", "use_sliding_window": True, "layer_types": ["chunked"]}, "layer_types 'chunked'"),
         (

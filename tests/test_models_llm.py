@@ -297,7 +297,7 @@ def test_every_parameter_has_a_place_on_the_mesh(llm):
     ("change", "message"),
     [
         ({"norm": "batch"}, "llm.norm must be"),
-        ({"rope_scaling": RopeScalingConfig("yarn")}, "llm.rope_scaling.kind must be"),
+        ({"rope_scaling": RopeScalingConfig("dynamic")}, "llm.rope_scaling.kind must be"),
         ({"rope_scaling": RopeScalingConfig("longrope", short_factor=(1.0,))}, "needs 4 short and as many long"),
         ({"head_bias": True, "tie_embeddings": True}, "llm.head_bias needs a head of its own"),
         ({"activation": "swish"}, "No activation 'swish'"),

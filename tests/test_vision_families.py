@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from model_helpers import assert_same
 from parity_log import record_parity
 from vision_helpers import SIZES, encode, error, images, normalised, states, tiny
 
 from jaxvlm.models.vit import feature_states
 from jaxvlm.weights import ImportReport, WeightsError, config_from, import_part
-from jaxvlm.weights.families import timm
+from jaxvlm.weights.families import open_clip, timm
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -213,6 +214,125 @@ def test_timm_vits_equal_transformers(name, kind, settings, tmp_path, monkeypatc
     assert error(smaller[config.class_token :], flat(grid)[0]) <= 2e-6
     first = table[0, :1].numpy() if in_table else np.zeros((int(config.class_token), 24))
     np.testing.assert_array_equal(smaller[: config.class_token], first)
+
+
+OPEN_CLIP_NAMES = (
+    (r"embeddings\.patch_embedding\.", "conv1."),
+    (r"embeddings\.class_embedding", "class_embedding"),
+    (r"embeddings\.position_embedding\.weight", "positional_embedding"),
+    (r"pre_layrnorm\.", "ln_pre."),
+    (r"post_layernorm\.", "ln_post."),
+    (r"encoder\.layers\.", "transformer.resblocks."),
+    (r"layer_norm(\d)\.", r"ln_\1."),
+    (r"self_attn\.out_proj", "attn.out_proj"),
+    (r"mlp\.fc1\.", "mlp.c_fc."),
+    (r"mlp\.fc2\.", "mlp.c_proj."),
+)
+
+
+def open_clip_tensors(folder):
+    """A saved CLIP tower of transformers under OpenCLIP's names, q, k and v joined, with a text tower beside it."""
+    tensors, source = {}, load_file(folder / "model.safetensors")
+    for name, value in source.items():
+        for pattern, change in OPEN_CLIP_NAMES:
+            name = re.sub(pattern, change, name.removeprefix("vision_model."))
+        tensors[f"visual.{name}"] = value
+    for name in [name for name in tensors if ".self_attn.q_proj." in name]:
+        three = [tensors.pop(name.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"]
+        tensors[name.replace("self_attn.q_proj.", "attn.in_proj_")] = np.concatenate(three)
+    text = {"transformer.resblocks.0.ln_1.weight": np.ones(4), "token_embedding.weight": np.ones((3, 4))}
+    return tensors | text | {"visual.proj": np.ones((24, 5)), "logit_scale": np.ones(1), "text_projection": np.ones(4)}
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_open_clips_own_vits_equal_transformers(tmp_path, quick):
+    """As CLIP bigG lies on the hub: in both forms, beside each other; and a training checkpoint alone."""
+    mlp = {"intermediate_size": 59, "hidden_act": "quick_gelu" if quick else "gelu"}  # 24 * 2.4616
+    theirs = tiny("CLIPVision", **SIZES, **mlp)
+    tensors = open_clip_tensors(save(theirs, tmp_path / "hf"))
+    vision = {"image_size": 28, "layers": 3, "width": 24, "head_width": 8, "mlp_ratio": 2.4616, "patch_size": 7}
+    model = {"embed_dim": 5, "vision_cfg": vision, "text_cfg": {"width": 4, "layers": 1}} | (
+        {"quick_gelu": True} if quick else {}
+    )
+    given = {"model_cfg": model, "preprocess_cfg": {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}}
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps(given))
+    save_file(tensors, folder / "open_clip_model.safetensors")
+    part, config = config_from(folder)
+    assert (part, config.mean, config.num_heads, config.mlp_dim) == ("vision", (0.4, 0.5, 0.6), 3, 59)
+    report = ImportReport()
+    params, pixels = import_part(folder, "vision", report=report), images(28)
+    worst = error(encode(config, params, pixels), states(theirs, normalised(pixels, config))[-2][:, 1:])
+    record_parity("open_clip", "vision", worst)
+    assert worst <= 2e-5
+    assert {name for name, *_ in report.mapped} | {name for name, _ in report.unused} == set(tensors)
+
+    state = {"state_dict": {f"module.{name}": torch.tensor(value) for name, value in tensors.items()}}
+    torch.save(state | {"epoch": 3}, folder / "epoch_3.pt")
+    (folder / "open_clip_model.safetensors").unlink()
+    assert_same(import_part(folder, "vision"), params)
+
+    for file in (tmp_path / "hf").iterdir():
+        file.rename(folder / file.name)
+    save_file(tensors, folder / "open_clip_model.safetensors")
+    hf = config_from(folder)[1]
+    assert replace(hf, mean=config.mean, std=config.std) == config
+    assert_same(import_part(folder, "vision"), params)
+
+    for change, what in (({"ls_init_value": 0.1}, "ls_init_value"), ({"layers": [3, 4, 6, 3]}, "a ResNet")):
+        (folder / "config.json").unlink(missing_ok=True)
+        changed = given | {"model_cfg": model | {"vision_cfg": vision | change}}
+        (folder / "open_clip_config.json").write_text(json.dumps(changed))
+        with pytest.raises(WeightsError, match=f"open_clip_config.json: .*{what}"):
+            config_from(folder)
+
+
+def test_clip_bigg_by_its_open_clip_config(tmp_path):
+    vision = {"image_size": 224, "layers": 48, "width": 1664, "head_width": 104, "mlp_ratio": 4.9231, "patch_size": 14}
+    (tmp_path / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": {"embed_dim": 1280, "vision_cfg": vision}})
+    )
+    config = config_from(tmp_path)[1]
+    assert (config.num_heads, config.mlp_dim, config.depth, config.grid) == (16, 8192, 48, 16)
+    assert config == replace(timm.timm_config("vit_gigantic_patch14_clip_224"), activation="gelu_erf")
+
+
+def test_lavis_eva_equals_transformers(tmp_path, monkeypatch):
+    """BLIP-2's tower as its authors keep it: no bias of the keys, one layer more than is run, the norm elsewhere."""
+    monkeypatch.setattr(open_clip, "_HEAD_WIDTH", 8)
+    theirs = tiny("Blip2Vision", **SIZES, **MLP)
+    with torch.no_grad():
+        for layer in theirs.encoder.layers:
+            layer.self_attn.qkv.bias[24:48] = 0
+    names = {r"embeddings\.patch_embedding": "patch_embed.proj", r"embeddings\.class_embedding": "cls_token"}
+    names |= {r"embeddings\.position_embedding": "pos_embed", r"encoder\.layers": "blocks", r"layer_norm": "norm"}
+    names |= {r"self_attn\.qkv": "attn.qkv", r"self_attn\.projection": "attn.proj"}
+    tensors = {"norm.weight": np.ones(24, np.float32), "head.bias": np.ones(3, np.float32)}
+    for name, value in load_file(save(theirs, tmp_path) / "model.safetensors").items():
+        for pattern, change in names.items():
+            name = re.sub(pattern, change, name)
+        if name.endswith("attn.qkv.bias"):
+            for part, rows in (("q", value[:24]), ("v", value[48:])):
+                tensors[name.replace("qkv.bias", f"{part}_bias")] = rows
+        elif not name.startswith("post_"):
+            tensors[name] = value
+    torch.save({name: torch.tensor(value).half() for name, value in tensors.items()}, tmp_path / "eva_vit_g.pth")
+    for value in theirs.state_dict().values():
+        value.copy_(value.half())
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "config.json").unlink()
+
+    part, config = config_from(tmp_path)
+    assert (part, config.depth, config.num_heads, config.image_size) == ("vision", 3, 3, 28)
+    pixels = images(28)
+    expected = states(theirs, normalised(pixels, config))[-2]
+    report = ImportReport()
+    config = replace(config, feature_tokens="cls_patch")
+    worst = error(encode(config, import_part(tmp_path, "vision", config, report=report), pixels), expected)
+    record_parity("eva_clip_lavis", "vision", worst)
+    assert worst <= 2e-5
+    assert {name for name, *_ in report.mapped} | {name for name, _ in report.unused} == set(tensors)
 
 
 def test_timm_convnext_equals_transformers(tmp_path, monkeypatch):

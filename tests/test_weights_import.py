@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from parity_log import record_parity
+from test_decoder_families import forward
 from weights_helpers import TEXT, saver, write_gguf
 
 from jaxvlm.config import LoRAConfig, ModelConfig, VisionConfig
@@ -226,7 +228,7 @@ def test_our_defaults_are_transformers_defaults_vision(tmp_path, kind):
     assert config_from(tmp_path) == config_from(tmp_path / "full")
 
 
-DECODERS = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi", "phi3", "opt"]
+DECODERS = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "opt"]
 
 
 @pytest.mark.parametrize("kind", DECODERS)
@@ -365,6 +367,16 @@ def test_gguf_llama(saved, tmp_path):
     np.testing.assert_array_equal(params["embed"]["embedding"], embedding)
     shapes = jax.tree.map(lambda leaf: leaf.shape, as_model("llm", config))
     assert jax.tree.map(lambda leaf: leaf.shape, params) == shapes
+
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
+    tokens = np.arange(1, 13, dtype=np.int32)[None]
+    model = ModelConfig(llm=config, dtype="float32", remat="none")
+    logits = forward(model, {"llm": params}, tokens, np.ones_like(tokens))
+    with torch.no_grad():
+        wanted = oracle(torch.from_numpy(tokens).long()).logits.numpy()
+    error = np.abs(logits - wanted).max() / np.abs(wanted).max()
+    record_parity("gguf_llama", "llm", error)
+    assert error <= 2e-5
 
 
 def efficientnet_state():

@@ -87,8 +87,9 @@ def write_gguf(path, tensors, metadata=(), architecture="llama"):
     writer = gguf.GGUFWriter(path, architecture)
     for method, key, value in metadata:
         getattr(writer, method)(key, value)
-    writer.add_array("tokenizer.ggml.tokens", ["<s>", "héllo", "world"])
-    writer.add_array("tokenizer.ggml.token_type", [3, 1, 1])
+    count = len(tensors["token_embd.weight"][0]) if "token_embd.weight" in tensors else 3
+    writer.add_array("tokenizer.ggml.tokens", ["<s>", "héllo", *(f"w{i}" for i in range(2, count))])
+    writer.add_array("tokenizer.ggml.token_type", [3] + [1] * (count - 1))
     for name, (values, kind) in tensors.items():
         writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
     writer.write_header_to_file()

@@ -1,5 +1,7 @@
 """Rotary positions (Su et al. 2021), with the stretched kinds that Hugging Face's checkpoints name."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,23 +35,41 @@ def rotary_angles(
         short, long = (1 / (each * wavelengths) for each in factors)
         frequencies = jnp.where(stretched[:, None, None, None], long, short)  # [B, 1, 1, dim / 2]
     else:
-        frequencies = _scale(1 / wavelengths, scaling)
+        frequencies = _scale(1 / wavelengths, theta, scaling)
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles) * scaling.attention_factor, jnp.sin(angles) * scaling.attention_factor
 
 
-def _scale(frequencies: np.ndarray, scaling: RopeScalingConfig) -> np.ndarray:
+def _scale(frequencies: np.ndarray, theta: float, scaling: RopeScalingConfig) -> np.ndarray:
     if scaling.kind == "default":
         return frequencies
     if scaling.kind == "linear":
         return frequencies / np.float32(scaling.factor)
+    if scaling.kind == "yarn":
+        stretched = _yarn_ramp(len(frequencies), theta, scaling)
+        return frequencies * (1 - stretched) + frequencies / np.float32(scaling.factor) * stretched
     if scaling.kind != "llama3":
-        raise ConfigError(f"llm.rope_scaling.kind must be default, linear, llama3 or longrope, not '{scaling.kind}'.")
+        known = "default, linear, llama3, yarn or longrope"
+        raise ConfigError(f"llm.rope_scaling.kind must be {known}, not '{scaling.kind}'.")
     # Llama 3.1: waves shorter than the pre-training length stay, those much longer are stretched, smoothly between.
     turns = scaling.original_max_positions * frequencies / (2 * np.pi)
     keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     keep = np.clip(keep, 0, 1)
     return (frequencies * (keep + (1 - keep) / scaling.factor)).astype(np.float32)
+
+
+def _yarn_ramp(count: int, theta: float, scaling: RopeScalingConfig) -> np.ndarray:
+    """How far each of `count` frequencies is stretched, float32 from 0 to 1: YaRN (Peng et al. 2023), eq. 23, over the
+    numbers of frequencies, rounded outwards, as transformers does it.
+    """
+
+    def number(turns: float) -> float:  # of the frequency that turns so often over the original length
+        return count * math.log(scaling.original_max_positions / (turns * 2 * math.pi)) / math.log(theta)
+
+    first = max(math.floor(number(scaling.beta_fast)), 0)
+    last = min(math.ceil(number(scaling.beta_slow)), 2 * count - 1)
+    numbers = np.arange(count, dtype=np.float32)
+    return np.clip((numbers - first) / np.float32(last - first or 0.001), 0, 1)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ from jaxvlm.weights.families.gguf import gguf_config, gguf_family
 from jaxvlm.weights.families.known import tower_given
 from jaxvlm.weights.families.llava import LLAVA_HF
 from jaxvlm.weights.families.llava_original import LLAVA_ORIGINAL
+from jaxvlm.weights.families.open_clip import EVA_LAVIS, EVA_NAMES, eva_config
 from jaxvlm.weights.families.prismatic import PRISMATIC
 from jaxvlm.weights.gguf_file import GGUFFile
 from jaxvlm.weights.hf_config import checked, config_file, explained, read_json
@@ -67,6 +68,9 @@ def identify(path: str | Path, vision: str = "") -> Found:
         depth = len({name.split(".")[1] for name in names if name.startswith("_blocks.")})
         config = efficientnet_config(source.shape("_conv_head.weight")[0], depth)
         return Found(path, folder, "vision", config, {"vision": EFFICIENTNET_LITE})
+    if set(EVA_NAMES) <= set(names):
+        with explained(path):
+            return Found(path, folder, "vision", eva_config(source), {"vision": EVA_LAVIS})
     raise WeightsError(
         f"{path} has no config.json beside it and its tensors are of no known kind (they start with "
         f"{', '.join(sorted(names)[:3])}). Put the config.json of the checkpoint into the same folder."

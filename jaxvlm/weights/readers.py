@@ -40,6 +40,8 @@ PATTERNS += ("checkpoints/latest-checkpoint.pt",)  # Prismatic
 ASIDE = {"training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.bin", "scheduler.pt", "rng_state.pth"}
 ASIDE |= {"adapter_model.safetensors", "adapter_model.bin", "non_lora_trainables.bin"}
 
+TWIN = "open_clip_"  # the same model by OpenCLIP's names; it stands beside other forms, or alone
+
 
 def open_source(path: str | Path) -> TensorSource:
     """Opens a checkpoint: a `.safetensors`, `.gguf`, `.pth`/`.pt`/`.bin` file, or a folder that holds one checkpoint.
@@ -55,8 +57,9 @@ def open_source(path: str | Path) -> TensorSource:
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         if (path / index).is_file():
             return Shards(path, indexed=_weight_map(path / index))
-    for pattern in PATTERNS:
+    for pattern, twin in [(pattern, False) for pattern in PATTERNS] + [(pattern, True) for pattern in PATTERNS]:
         files = sorted(file for file in path.glob(pattern) if file.name not in ASIDE)
+        files = [file for file in files if twin or not file.name.startswith(TWIN)]
         _require_all_shards(files)
         if len(files) == 1:
             return _open_file(files[0])

@@ -10,9 +10,10 @@ from jaxvlm.config import LLMConfig, LoRAConfig
 from jaxvlm.weights.families.base import Family
 from jaxvlm.weights.families.convnext import CONVNEXT
 from jaxvlm.weights.families.efficientnet import EFFICIENTNET_LITE
-from jaxvlm.weights.families.gemma import GEMMA
+from jaxvlm.weights.families.gemma import GEMMA, GEMMA_FIRST
 from jaxvlm.weights.families.gguf import GGUF
 from jaxvlm.weights.families.llama import LLAMA
+from jaxvlm.weights.families.open_clip import EVA_LAVIS, OPEN_CLIP
 from jaxvlm.weights.families.opt import OPT
 from jaxvlm.weights.families.phi import PHI, PHI3
 from jaxvlm.weights.families.timm import TIMM_CONVNEXT, TIMM_VIT
@@ -20,8 +21,8 @@ from jaxvlm.weights.families.vit import CLIP, DINOV2, DINOV2_REGISTERS, EVA_CLIP
 from jaxvlm.weights.readers import WeightsError
 
 _TOWERS = (CLIP, SIGLIP, DINOV2, DINOV2_REGISTERS, SUPERVISED_VIT, EVA_CLIP, CONVNEXT)
-_TOWERS += (TIMM_VIT, TIMM_CONVNEXT, EFFICIENTNET_LITE)
-FAMILIES = {family.name: family for family in (*_TOWERS, LLAMA, GEMMA, PHI, PHI3, OPT, *GGUF.values())}
+_TOWERS += (TIMM_VIT, TIMM_CONVNEXT, OPEN_CLIP, EVA_LAVIS, EFFICIENTNET_LITE)
+FAMILIES = {family.name: family for family in (*_TOWERS, LLAMA, GEMMA_FIRST, GEMMA, PHI, PHI3, OPT, *GGUF.values())}
 BY_MODEL_TYPE = {model_type: family for family in FAMILIES.values() for model_type in family.model_types}
 # What to use in place of a type that is not read.
 HINTS = dict.fromkeys(

@@ -84,7 +84,7 @@ def rope(
     *,
     dim: int,
     given: dict[str, Any] | None = None,
-    kinds: tuple[str, ...] = ("default", "linear", "llama3"),
+    kinds: tuple[str, ...] = ("default", "linear", "llama3", "yarn"),
 ) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling` of a config.json, as transformers' `RotaryEmbeddingConfigMixin` reads them.
 
@@ -112,11 +112,30 @@ def rope(
         elif kind == "llama3":
             low, high = rope["low_freq_factor"], rope["high_freq_factor"]
             scaling = RopeScalingConfig(kind, float(rope["factor"]), float(low), float(high), original)
+        elif kind == "yarn":
+            scaling = _yarn(rope, folder, original)
         else:
             scaling = RopeScalingConfig(kind, float(rope["factor"]))
     except KeyError as error:
         raise WeightsError(f"{folder}/config.json: RoPE scaling of type '{kind}' lacks {error}.") from None
     return values | {"rope_scaling": scaling}
+
+
+def _yarn(rope: dict, folder: Path, original: int) -> RopeScalingConfig:
+    """YaRN (Peng et al. 2023); without a factor of its own, cos and sin grow as its eq. 22 says."""
+    for name, plain in (("truncate", True), ("mscale", None), ("mscale_all_dim", None)):
+        if rope.get(name, plain) != plain:
+            raise WeightsError(f"{folder}/config.json: RoPE scaling of type 'yarn' with {name} is not supported.")
+    factor, attention = float(rope["factor"]), rope.get("attention_factor")
+    growth = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+    return RopeScalingConfig(
+        "yarn",
+        factor,
+        original_max_positions=original,
+        attention_factor=growth if attention is None else float(attention),
+        beta_fast=float(rope.get("beta_fast") or 32),
+        beta_slow=float(rope.get("beta_slow") or 1),
+    )
 
 
 def _longrope(c: dict, rope: dict, folder: Path, original: int, dim: int) -> RopeScalingConfig:
@@ -181,14 +200,17 @@ def describe_rope(c: LLMConfig) -> dict[str, Any]:
     """Rotary settings in the words of transformers 5, and in the older ones."""
     scaling = c.rope_scaling
     values: dict[str, Any] = {"rope_type": scaling.kind}
-    if scaling.kind in ("linear", "llama3"):
+    if scaling.kind in ("linear", "llama3", "yarn"):
         values["factor"] = scaling.factor
     if scaling.kind == "llama3":
         values |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
     if scaling.kind == "longrope":
         values |= {"short_factor": list(scaling.short_factor), "long_factor": list(scaling.long_factor)}
+    if scaling.kind == "yarn":
+        values |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
+    if scaling.kind in ("yarn", "longrope"):
         values["attention_factor"] = scaling.attention_factor
-    if scaling.kind in ("llama3", "longrope"):
+    if scaling.kind in ("llama3", "yarn", "longrope"):
         values["original_max_position_embeddings"] = scaling.original_max_positions
     older = {} if scaling.kind == "default" else {"rope_scaling": values}
     return older | {"rope_theta": c.rope_theta, "rope_parameters": values | {"rope_theta": c.rope_theta}}

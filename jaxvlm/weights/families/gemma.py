@@ -1,7 +1,8 @@
-"""Gemma 2 and the text model of Gemma 3."""
+"""Gemma, Gemma 2 and the text model of Gemma 3."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from jaxvlm.weights.families.decoder import (
     rope,
     windows,
 )
+from jaxvlm.weights.families.llama import LLAMA
 from jaxvlm.weights.hf_config import activation, refuse
 
 _DEFAULTS = {
@@ -39,6 +41,21 @@ _DEFAULTS = {
     "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
     "layer_types": None,
+}
+_GEMMA = {
+    "vocab_size": 256000,
+    "hidden_size": 3072,
+    "intermediate_size": 24576,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh",
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
 }
 _GEMMA2 = {
     "vocab_size": 256000,
@@ -118,6 +135,44 @@ def describe(c: LLMConfig, kind: str) -> dict[str, Any]:
     }
     return values | {"rope_parameters": both, "rope_local_base_freq": local}
 
+
+def configure_first(given: dict, folder: Path) -> LLMConfig:
+    """The first Gemma: a Llama with another norm and activation, and scaled embeddings."""
+    c = GEMMA_FIRST.model_types["gemma"] | given
+    refuse(folder, c, use_bidirectional_attention=True)
+    kind = "gelu_pytorch_tanh" if c["hidden_act"] == "gelu" else c["hidden_act"]  # what the first files meant
+    return LLMConfig(
+        vocab_size=c["vocab_size"],
+        width=c["hidden_size"],
+        depth=c["num_hidden_layers"],
+        num_heads=c["num_attention_heads"],
+        num_kv_heads=c["num_key_value_heads"],
+        head_dim=c["head_dim"],
+        mlp_dim=c["intermediate_size"],
+        norm="rms_plus_one",
+        norm_eps=c["rms_norm_eps"],
+        activation=activation(kind, folder),
+        qkv_bias=c["attention_bias"],
+        out_bias=c["attention_bias"],
+        tie_embeddings=c["tie_word_embeddings"],
+        embed_scale=c["hidden_size"] ** 0.5,
+        max_positions=c["max_position_embeddings"],
+        **rope(c, folder, dim=c["head_dim"]),
+    )
+
+
+def describe_first(c: LLMConfig, kind: str) -> dict[str, Any]:
+    values = describe_shape(c) | describe_rope(c)
+    return values | {
+        "hidden_act": describe_activation(c),
+        "rms_norm_eps": c.norm_eps,
+        "attention_bias": c.qkv_bias,
+    }
+
+
+GEMMA_FIRST = dataclasses.replace(
+    LLAMA, name="gemma-first", model_types={"gemma": _GEMMA}, configure=configure_first, describe=describe_first
+)
 
 GEMMA = Family(
     name="gemma",

@@ -65,11 +65,15 @@ _CONVNEXTS = {  # depths, widths, eps of the norms
 
 
 def given_of(config: dict) -> dict:
-    """A config.json of timm, or the open_clip_config.json of a model with a tower of timm's, as `configure` reads it."""
+    """A config.json of timm, or the open_clip_config.json of a model with a tower of timm's, as `configure` reads it; that
+    of a model with a tower of OpenCLIP's own as the configure function of those does.
+    """
     if "model_cfg" in config:
         tower = config["model_cfg"]["vision_cfg"]
+        if not tower.get("timm_model_name"):
+            return {**config, "model_type": "open_clip"}
         values = config.get("preprocess_cfg", {}) | {"input_size": [tower.get("image_size", 224)]}
-        config = {"architecture": tower.get("timm_model_name", ""), "pretrained_cfg": values}
+        config = {"architecture": tower["timm_model_name"], "pretrained_cfg": values}
     kind = "timm_convnext" if config["architecture"].startswith("convnext") else "timm_vit"
     return {**config, "model_type": kind}
 
@@ -111,8 +115,6 @@ def timm_config(name: str) -> VisionConfig:
 
 
 def configure(given: dict, folder: Path) -> VisionConfig:
-    if not given["architecture"]:
-        raise WeightsError(f"{folder}: this OpenCLIP model has no tower of timm's. Use its Hugging Face conversion.")
     config, values = timm_config(given["architecture"]), given.get("pretrained_cfg", given)
     changes = {key: tuple(values[key]) for key in ("mean", "std") if key in values}
     if "input_size" in values:
