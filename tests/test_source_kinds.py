@@ -99,7 +99,7 @@ def test_features_of_held_images(kinds, folder):
         paths = loader(kinds, folder, kind).image_paths()
         assert paths == sorted(set(paths)) and len(paths) == {"json": 9, "array_record": 12}[kind]
         shades = [np.asarray(load_image(image_at(path), path)).mean() for path in paths]  # of each image its own
-        features = np.asarray(shades, np.float32)[:, None, None], {path: i for i, path in enumerate(paths)}
+        features = [np.asarray(shades, np.float32)[:, None, None]], {path: i for i, path in enumerate(paths)}
         made[kind] = list(loader(kinds, folder, kind, features=features).batches())
         prints = addresses_fingerprint(paths)
         assert json.loads(json.dumps(prints)) == prints != addresses_fingerprint(paths[1:])
