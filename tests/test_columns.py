@@ -1,6 +1,8 @@
 """Columns on disk, and what tables do with them."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from PIL import Image
 
 from jaxvlm.config import DataConfig, ModelConfig, PromptConfig, SourceConfig, VisionConfig
 from jaxvlm.data import DataError, table
-from jaxvlm.data.columns import Columns, Texts, cached, new_folder, open_array
+from jaxvlm.data.columns import Columns, Texts, cached, new_folder, open_array, release_maps
 from jaxvlm.data.loader import Loader
 from jaxvlm.data.processes import in_order
 
@@ -45,6 +47,27 @@ def test_texts_stay_what_they_are(tmp_path_factory, texts, cuts):
     other = Columns(folder / "c")
     other.append_texts("text", [*texts, ""])
     assert other.close() != digests[0]
+
+
+def test_memory_of_maps_is_given_back(tmp_path):
+    """What is looked at is counted as this process's memory, until it is released; and may be looked at again."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        pytest.skip("needs Linux's /proc")
+    columns = Columns(tmp_path)
+    columns.append("numbers", np.arange(8_000_000, dtype=np.int32))
+    columns.close()
+
+    def mapped():  # MB
+        return int(re.search(r"RssFile:\s+(\d+)", status.read_text())[1]) / 1024
+
+    numbers, before = open_array(tmp_path / "numbers.npy"), mapped()
+    for _ in range(2):
+        assert int(numbers.sum()) == 8_000_000 * 7_999_999 // 2 and mapped() > before + 25
+        release_maps()
+        assert mapped() < before + 5
+    with pytest.raises(ValueError, match="read-only"):
+        numbers[0] = 1
 
 
 def test_folders_are_whole_or_not_there(tmp_path):

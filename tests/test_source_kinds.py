@@ -26,7 +26,7 @@ from jaxvlm.data.conversation import record_images
 from jaxvlm.data.image import load_image
 from jaxvlm.data.loader import Loader
 from jaxvlm.data.saved_datasets import llava_record
-from jaxvlm.data.sources import image_address, image_at, open_source
+from jaxvlm.data.sources import addresses_fingerprint, image_address, image_at, open_source
 from jaxvlm.data.tfds_builder import prepare
 from jaxvlm.data.tfds_files import parse_example
 
@@ -71,11 +71,16 @@ def test_every_kind_holds_the_same(kinds, kind):
         assert list(pool.map(lambda i: contents(fresh, [i])[0][1], numbers)) == [want[i][1] for i in numbers]
 
 
-def batches(kinds, folder, kind, num_workers=0, **prompt):
+def loader(kinds, folder, kind, num_workers=0, features=None, **prompt):
     base = dict(tokenizer=str(folder / "tokenizer"), template="prism", length=96) | prompt
     data = DataConfig(sources=(kinds[kind],), packing=True, tiles_per_row=16, num_threads=1, num_workers=num_workers)
     model = ModelConfig(VisionConfig(image_size=28, patch_size=14))
-    return list(Loader(data, PromptConfig(**base), model, batch_size=1, seed=0, cache_dir=folder / "cache").batches())
+    options = dict(batch_size=1, seed=0, cache_dir=folder / "cache", features=features)
+    return Loader(data, PromptConfig(**base), model, **options)
+
+
+def batches(*args, **options):
+    return list(loader(*args, **options).batches())
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
@@ -85,6 +90,22 @@ def test_every_kind_trains_the_same(kinds, folder, kind):
         assert len(want) == len(found) > 1
         for a, b in zip(want, found, strict=True):
             assert a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
+
+
+def test_features_of_held_images(kinds, folder):
+    """A loader names the images by addresses, under which their features are kept."""
+    made = {}
+    for kind in ("json", "array_record"):
+        paths = loader(kinds, folder, kind).image_paths()
+        assert paths == sorted(set(paths)) and len(paths) == {"json": 9, "array_record": 12}[kind]
+        shades = [np.asarray(load_image(image_at(path), path)).mean() for path in paths]  # of each image its own
+        features = [np.asarray(shades, np.float32)[:, None, None]], {path: i for i, path in enumerate(paths)}
+        made[kind] = list(loader(kinds, folder, kind, features=features).batches())
+        prints = addresses_fingerprint(paths)
+        assert json.loads(json.dumps(prints)) == prints != addresses_fingerprint(paths[1:])
+    want, found = made["json"], made["array_record"]
+    assert all(np.array_equal(a["features"], b["features"]) for a, b in zip(want, found, strict=True))
+    assert sum(a["tile_mask"].sum() for a in want) == 12
 
 
 def test_workers_read_shards(kinds, folder):

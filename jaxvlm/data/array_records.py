@@ -11,6 +11,7 @@ Reading needs the package array_record (`pip install jaxvlm[data]`) and nothing 
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 import json
 import os
@@ -41,32 +42,31 @@ def array_record_module() -> Any:
     return array_record_module
 
 
+OPEN = 256  # files; each costs 8 bytes of memory an entry, and opening one a millisecond
+
+
 class Entries:
-    """An ArrayRecord file's entries. Picklable; opened when asked; its reader is shared by threads."""
+    """An ArrayRecord file's entries. Picklable; opened when asked; safe in threads."""
 
     def __init__(self, path: str):
-        self.path, self._reader = path, None
+        stat = os.stat(path)
+        self.path, self._stamp = path, (stat.st_size, stat.st_mtime_ns)
 
     def __len__(self) -> int:
-        return self.reader.num_records()
+        return _reader(self.path, self._stamp).num_records()
 
     def __getitem__(self, i: int) -> bytes:
-        return self.reader.read(i, i + 1)[0]  # of the ways to read one entry much the fastest
+        return _reader(self.path, self._stamp).read(i, i + 1)[0]  # of the ways to read one entry much the fastest
 
-    @property
-    def reader(self) -> Any:
-        reader = self._reader
-        if reader is None:
-            # 8 bytes of memory an entry, and no reading ahead: what is read next is somewhere else
-            options = {"options": "readahead_buffer_size:0,max_parallelism:0", "file_reader_buffer_size": 32768}
-            reader = array_record_module().ArrayRecordReader(self.path, **options)
-            if not reader.num_records():
-                raise DataError(f"{self.path} is no whole ArrayRecord file. Copy or convert it again.")
-            self._reader = reader
-        return reader
 
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_reader": None}
+@functools.lru_cache(maxsize=OPEN)  # a set may have more shards than a process may have files
+def _reader(path: str, stamp: tuple[int, int]) -> Any:
+    # No reading ahead: what is read next is somewhere else.
+    options = {"options": "readahead_buffer_size:0,max_parallelism:0", "file_reader_buffer_size": 32768}
+    reader = array_record_module().ArrayRecordReader(path, **options)
+    if not reader.num_records():
+        raise DataError(f"{path} is no whole ArrayRecord file. Copy or convert it again.")
+    return reader
 
 
 def write_shard(path: str | os.PathLike, records: Iterable[tuple[dict, Sequence[bytes]]]) -> int:

@@ -9,9 +9,13 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
+import mmap
 import os
 import shutil
 import tempfile
+import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -122,10 +126,33 @@ class _Npy:
         np.lib.format.write_array_header_1_0(self._file, about)
 
 
+_maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+_lock = threading.Lock()
+
+
 def open_array(path: Path) -> np.ndarray:
-    """An array file as a plain ndarray over a memory map: a memmap itself is slow to slice."""
-    array = np.load(path, mmap_mode="r")
-    return array.view(np.ndarray) if array.size else np.array(array)
+    """An array file as an ndarray over a memory map; it cannot be written to."""
+    with open(path, "rb") as file:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        if 0 in shape:
+            return np.zeros(shape, dtype)
+        start, mapped = file.tell(), mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    with _lock:
+        _maps.add(mapped)
+    return np.frombuffer(mapped, dtype, math.prod(shape), start).reshape(shape)
+
+
+def release_maps() -> None:
+    """Gives back the memory that arrays of `open_array` have taken. What is looked at again comes from the system's cache.
+
+    A process that reads here and there in large files would in time have all of them in its memory, as far as the system
+    counts it: every look maps the pages around too.
+    """
+    with _lock:
+        maps = list(_maps)
+    for mapped in maps:
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 class Texts(Sequence):

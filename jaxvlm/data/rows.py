@@ -15,7 +15,7 @@ import numpy as np
 from jaxvlm.config import SourceConfig
 from jaxvlm.data import DataError
 from jaxvlm.data.bad import BrokenImages
-from jaxvlm.data.columns import cached, new_folder, open_array
+from jaxvlm.data.columns import cached, new_folder, open_array, release_maps
 from jaxvlm.data.image import load_image
 from jaxvlm.data.instruction import instruction_fields
 from jaxvlm.data.packing import assemble
@@ -30,6 +30,8 @@ from jaxvlm.data.table import (
     table_spliced,
 )
 from jaxvlm.data.tiles import ImagePlan, image_tiles, tile_regions, tower_names
+
+RELEASED = 256  # samples; after so many the maps of tables are given back: each may have taken half a megabyte
 
 
 class Plan(NamedTuple):
@@ -74,6 +76,7 @@ class RowReader:
     qformer_length: int = 0  # L; 0: the connector reads no instructions
 
     def __post_init__(self):
+        self._seen = 0  # samples since memory was given back; approximate, as threads count too
         self.feature_rows = None
         if self.features is not None:
             arrays, index = self.features
@@ -88,6 +91,10 @@ class RowReader:
     def batch(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
         """The rows stacked; rows past the end of the run are empty (segment 0, weight 0)."""
         made = [self.row(row) for row in rows]
+        self._seen += sum(int(row["segment_ids"].max()) for row in made)
+        if self._seen > RELEASED:
+            self._seen = 0
+            release_maps()
         return {key: np.stack([row[key] for row in made]) for key in made[0]}
 
     def row(self, row: int) -> dict[str, np.ndarray]:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jaxvlm.data import DataError
-from jaxvlm.data.array_records import Entries
+from jaxvlm.data.array_records import Entries, array_record_module
 from jaxvlm.data.saved_datasets import llava_record
 from jaxvlm.data.sources import file_fingerprint, held, held_place
 
@@ -54,6 +54,7 @@ class TfdsSource:
     """Files of Examples; image names that are no bytes are files of the folder `images`."""
 
     def __init__(self, path: str, files: Sequence[str], counts: Sequence[int], images: str):
+        array_record_module()  # where it is missing, that is said at once
         self.path, self.images = path, images
         self._shards = [Entries(file) for file in files]
         self._starts = list(itertools.accumulate(counts, initial=0))

@@ -203,7 +203,9 @@ def _write(job: Job, source: Source, count: Any, stop: Any) -> list[dict]:
         write_shard(job.path, records())
     except _Refused:
         return bad
-    job.note.write_text(json.dumps({"quarantined": sorted(job.quarantine), "skipped": bad}), encoding="utf-8")
+    part = job.note.with_name(f".unfinished-{os.getpid()}{job.note.name}")  # whole or not there, as the shard
+    part.write_text(json.dumps({"quarantined": sorted(job.quarantine), "skipped": bad}), encoding="utf-8")
+    part.replace(job.note)
     return []
 
 
