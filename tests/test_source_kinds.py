@@ -188,6 +188,16 @@ def test_sets_that_are_not_whole(kinds, folder, tmp_path):
         write_manifest(tmp_path, ["other.array_record"], open_source(kinds["json"]))
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "dataset_dict.json", "dataset_info.json"])
+@pytest.mark.parametrize("text", ["[]", '{"kind": 1', "{}"])
+def test_descriptions_that_are_none(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    if name == "dataset_info.json":
+        (tmp_path / "features.json").write_text("{}")
+    with pytest.raises(DataError, match=f"{name} (cannot be read|does not describe a data set)"):
+        opened(tmp_path)
+
+
 def test_shards_without_manifest(kinds, folder, tmp_path):
     for shard in (folder / "shards").glob("*.array_record"):
         shutil.copy(shard, tmp_path)

@@ -23,7 +23,7 @@ import numpy as np
 
 from jaxvlm.data import DataError
 from jaxvlm.data.conversation import record_images
-from jaxvlm.data.sources import file_fingerprint, held_place
+from jaxvlm.data.sources import file_fingerprint, held_place, read_about
 
 INDEX = b"jaxvlm records 1\n"
 KIND = "jaxvlm array records"
@@ -148,9 +148,9 @@ def open_shards(path: str, files: Sequence[str], images: str) -> Any:
 
             return open_examples(path, files, images)
         return ArrayRecordSource(path, files, [len(_index(Entries(file))) - 1 for file in files])
-    about = json.loads(manifest.read_text(encoding="utf-8"))
-    if about.get("kind") != KIND or about.get("version") != 1:
-        raise DataError(f"{manifest} is not of a set that this version of jaxvlm reads: {about.get('kind')!r}.")
+    about = read_about(manifest, "kind", "version", "shards")
+    if (about["kind"], about["version"]) != (KIND, 1):
+        raise DataError(f"{manifest} is not of a set that this version of jaxvlm reads: it is {about['kind']!r}.")
     for shard in about["shards"]:
         file = Path(path) / shard["file"]
         if not file.is_file() or file.stat().st_size != shard["bytes"]:

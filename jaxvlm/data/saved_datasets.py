@@ -7,14 +7,13 @@ package datasets (`pip install jaxvlm[data]`), which brings neither torch nor Te
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxvlm.data import DataError
-from jaxvlm.data.sources import file_fingerprint, held, held_place
+from jaxvlm.data.sources import file_fingerprint, held, held_place, read_about
 
 IMAGE_MARK = "<image>"
 
@@ -53,7 +52,7 @@ def open_saved(folder: str, images: str) -> SavedDataset:
     splits = Path(folder) / "dataset_dict.json"
     if not splits.is_file():
         return SavedDataset(folder, images)
-    names = json.loads(splits.read_text(encoding="utf-8"))["splits"]
+    names = read_about(splits, "splits")["splits"]
     if len(names) != 1:
         raise DataError(
             f"{folder} holds the splits {', '.join(names)}. Give one as the source's `path`: {folder}/{names[0]}."

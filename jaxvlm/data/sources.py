@@ -12,6 +12,7 @@ import bisect
 import functools
 import glob
 import itertools
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -200,6 +201,19 @@ class Several:
             if part.image_file(inside) is None:
                 return part, inside
         return self.parts[0], name
+
+
+def read_about(file: Path, *keys: str) -> dict:
+    """A JSON file that describes a data set. Raises `DataError` if it cannot be read, or lacks one of the keys."""
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} cannot be read: {error}. Copy the data set again.") from error
+    if not isinstance(about, dict) or not set(keys) <= set(about):
+        raise DataError(
+            f"{file} does not describe a data set: it must have {', '.join(keys)}. Copy the data set again."
+        )
+    return about
 
 
 def held(name: str) -> tuple[int, int] | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import json
 import os
 import struct
 from collections.abc import Iterator, Sequence
@@ -18,17 +17,17 @@ from pathlib import Path
 from jaxvlm.data import DataError
 from jaxvlm.data.array_records import Entries, array_record_module
 from jaxvlm.data.saved_datasets import llava_record
-from jaxvlm.data.sources import file_fingerprint, held, held_place
+from jaxvlm.data.sources import file_fingerprint, held, held_place, read_about
 
 Value = bytes | int | float
 
 
 def open_prepared(folder: str, split: str, images: str) -> TfdsSource:
     """The source of one split of a prepared data set: the only one, or 'train', unless named."""
-    info = json.loads((Path(folder) / "dataset_info.json").read_text(encoding="utf-8"))
-    if info.get("fileFormat") != "array_record":
+    info = read_about(Path(folder) / "dataset_info.json", "fileFormat", "splits")
+    if info["fileFormat"] != "array_record":
         raise DataError(
-            f"{folder} is stored as {info.get('fileFormat')!r}, which has no random access; prepare it with "
+            f"{folder} is stored as {info['fileFormat']!r}, which has no random access; prepare it with "
             "tfds.builder(..., file_format='array_record')."
         )
     lengths = {one["name"]: [int(length) for length in one["shardLengths"]] for one in info["splits"]}
