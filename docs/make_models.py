@@ -52,7 +52,7 @@ Written by `make models` from the registry in `jaxvlm/weights/families/` and fro
 torch and without running their pickles. *Export*: the forms in which a LLaVA with this part can be written (`jaxvlm export
 --format`), as the exporter answers for the family's default. *Train*: whether the training step's loss has a gradient for every
 parameter of that default; all train alone or together, by the same step. *Error*: the largest absolute difference to the reference
-divided by the reference's largest magnitude, in float32, on tiny random models, all parameters drawn anew. The tests allow 2e-5.
+divided by the reference's largest magnitude, in float32, on tiny random models with all parameters random. The tests allow 2e-5.
 
 The reference is transformers, also for GGUF files, whose tensors it reads itself; for what it does not have (timm's and OpenCLIP's
 names, EfficientNet, several towers, S2, the resampler, SVA, Prismatic, Cambrian, LLaVA's own form) it is the same tensors by other

@@ -262,6 +262,8 @@ def test_a_config_that_is_no_object(llava, tmp_path, capsys, text):
     assert f"{llava}/config.json is not " in error and "Get the file again" in error
     with pytest.raises(UserError, match="config.json is not "):  # the same in Python
         jaxvlm.load(llava)
+    (llava / "manifest.json").write_text(text)  # of a model of our own
+    assert f"{llava}/manifest.json is not " in complaint(capsys, tmp_path, llava)
 
 
 WRONG = {

@@ -90,3 +90,13 @@ def test_copying_in_blocks_is_copying(shape, heads, dtypes):
     out = module._empty(value.shape, np.dtype(dtypes[1]))
     module._copy(out, value)
     np.testing.assert_array_equal(out, value.astype(dtypes[1]))
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_every_float16_becomes_its_float32(special):
+    """Subnormals and both zeros among them; infinities and NaNs where asked."""
+    value = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    value = value if special else value[np.isfinite(value)]
+    out = np.empty(value.shape, np.float32)
+    module._convert(out, value)
+    np.testing.assert_array_equal(out.view(np.uint32), value.astype(np.float32).view(np.uint32))

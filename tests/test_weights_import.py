@@ -242,7 +242,7 @@ def test_our_defaults_are_transformers_defaults_text(tmp_path, kind):
     ("change", "message"),
     [
         ({"model_type": "bert"}, "model_type 'bert' is not supported"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4}}, "RoPE scaling of type 'yarn'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4}}, "RoPE scaling of type 'dynamic'"),
         ({"hidden_act": "mish"}, "activation 'mish'"),
         ({"model_type": "llava", "mm_vision_tower": "x"}, "neither a folder nor one that jaxvlm knows"),
         (

@@ -14,6 +14,7 @@ STACK = 20 * MIB  # one projection of all layers, the largest parameter
 SPARE = 16 * MIB  # blocks on their way, and noise; the model has 174 MiB
 MEASURED = r"""
 import gc, json, sys
+from pathlib import Path
 import jax, ml_dtypes, numpy as np
 from jaxvlm.config import ConnectorConfig, LLMConfig, ModelConfig, PromptConfig, VisionConfig
 from jaxvlm.models.vlm import abstract_params
@@ -60,9 +61,7 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.skipif(
-    not os.access("/proc/self/clear_refs", os.W_OK), reason="The highest memory is read as Linux has it."
-)
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="The highest memory is Linux's to tell.")
 def test_no_second_copy_of_a_model_is_held(tmp_path):
     tokenizer = tokenizer_folder(tmp_path / "tokenizer")
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "MALLOC_MMAP_THRESHOLD_": "131072"}

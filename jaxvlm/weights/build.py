@@ -156,7 +156,7 @@ def _copy(out: np.ndarray, value: np.ndarray) -> None:
     if out.dtype == value.dtype:  # as plain integers: numpy holds its lock for types that are not its own
         out, value = _bits(out), _bits(value)
     if value.ndim < 2 or value.strides[-1] == value.itemsize:
-        out[...] = value
+        _convert(out, value)
         return
     order = sorted(range(value.ndim), key=lambda axis: -value.strides[axis])  # our axes as they lie in the file
     back = np.argsort(order)
@@ -166,7 +166,10 @@ def _copy(out: np.ndarray, value: np.ndarray) -> None:
         lines = np.empty((*part.shape[:-1], part.shape[-1] + 2), part.dtype)[..., :-2]
         lines[...] = part
         turned = lines.transpose(back)
-        out[tile] = turned if out.dtype == turned.dtype else np.ascontiguousarray(turned).view(value.dtype)
+        if out.dtype == turned.dtype:
+            out[tile] = turned
+        else:
+            _convert(out[tile], np.ascontiguousarray(turned).view(value.dtype))
 
 
 def _bits(array: np.ndarray) -> np.ndarray:
@@ -182,3 +185,15 @@ def _tiles(shape: Sequence[int], innermost: int) -> Iterator[Index]:
     starts = [range(0, size, step) for size, step in zip(shape, steps, strict=True)]
     for corner in itertools.product(*starts):
         yield tuple(slice(start, start + step) for start, step in zip(corner, steps, strict=True))
+
+
+def _convert(out: np.ndarray, value: np.ndarray) -> None:
+    """`out[...] = value`, and finite float16 to float32 by its bits: numpy converts it number by number."""
+    if (value.dtype, out.dtype) != (np.float16, np.float32) or (_bits(value) << 1).max(initial=0) >= 0xF800:
+        out[...] = value
+        return
+    bits = out.view(np.int32)
+    bits[...] = value.view(np.int16)
+    bits <<= 13  # the fraction has 23 bits where it had 10
+    bits &= -0x70002000  # of the copies of the sign the first
+    out *= np.float32(2**112)  # the exponent counts from -127 where it counted from -15

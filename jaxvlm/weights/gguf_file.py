@@ -79,7 +79,7 @@ class GGUFFile:
             kind = GGMLQuantizationType(tensor.kind)
             shape = quant_shape_to_byte_shape(tensor.shape, kind)
             stored = np.memmap(self.path, np.uint8, "r", self._start + tensor.offset, shape)
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise WeightsError(
                 f"{self.path}: tensor '{name}' cannot be read ({error}). Download the file again."
             ) from error

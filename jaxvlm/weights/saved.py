@@ -20,6 +20,7 @@ import jaxvlm
 from jaxvlm.config import ConfigError, ModelConfig, PromptConfig, UserError, build, to_dict
 from jaxvlm.templates import TRANSFORM_VERSIONS
 from jaxvlm.weights.build import Dtype, dtype_of
+from jaxvlm.weights.hf_config import read_json
 
 MANIFEST = "manifest.json"
 
@@ -77,7 +78,7 @@ def load_model(
     if not path.is_file():
         state = "has not finished training" if (directory / "config.json").is_file() else "holds no jaxvlm model"
         raise CheckpointError(f"'{directory}' {state} (no {MANIFEST}). Give the --workdir of a finished run.")
-    manifest = json.loads(path.read_text())
+    manifest = read_json(path)
     if manifest.get("kind") != "jaxvlm-model" or manifest.get("format") != 1:
         raise CheckpointError(f"{path} is not a jaxvlm model of format 1; it was written by {manifest.get('jaxvlm')}.")
     try:
