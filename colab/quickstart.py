@@ -103,11 +103,11 @@ report = run(config, workdir)
 # The loss of every stage:
 
 # %%
-import json
-
 import matplotlib.pyplot as plt
 
-lines = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+from jaxvlm.train.metrics import read_metrics
+
+lines = read_metrics(Path(workdir) / "metrics.jsonl")
 stages = list(dict.fromkeys(line["stage"] for line in lines))
 figure, axes = plt.subplots(1, len(stages), figsize=(5 * len(stages), 3.2), squeeze=False, layout="constrained")
 for axis, stage in zip(axes[0], stages, strict=True):
