@@ -127,10 +127,11 @@ def _checked_array(array: np.ndarray, name: str) -> np.ndarray:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image as RGB: upright, transparency on white, 16 bits to 8."""
+    """Any PIL image as RGB: upright, transparency on white, 16 bits to 8. One that is all this already is given back."""
     image.load()
     try:
-        image = ImageOps.exif_transpose(image)
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            image = ImageOps.exif_transpose(image)
     except Exception:  # malformed EXIF is common in photographs that are fine otherwise: they stay as they are
         pass
     if image.mode.startswith("I") or image.mode == "F":
@@ -139,7 +140,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # PIL copies one that needs no conversion
 
 
 def _eight_bits(values: np.ndarray) -> np.ndarray:
