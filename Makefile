@@ -50,7 +50,7 @@ test-plan: $(VENV)/.installed-test,plan-tpu,plan-gpu ## compile for TPU and GPU 
 test-gpu: $(TEST) ## kernels and train step on an NVIDIA GPU; says so and stops where there is none
 	@if [ -e /dev/nvidiactl ] || [ -e /dev/dxg ] || nvidia-smi -L >/dev/null 2>&1; then \
 		if $(BIN)/python -c 'import jax, sys; sys.exit(jax.default_backend() != "gpu")' 2>/dev/null; then \
-			JAXVLM_TEST_PLATFORM=cuda $(BIN)/python -m pytest -m gpu tests $(ARGS); \
+			JAXVLM_TEST_PLATFORM=cuda,cpu $(BIN)/python -m pytest -m gpu tests $(ARGS); \
 		else echo "A GPU is here but jax does not see it. '$(BIN)/jaxvlm doctor' says what to install."; exit 1; fi; \
 	else echo 'Skipped: this machine has no NVIDIA GPU.'; fi
 

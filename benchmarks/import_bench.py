@@ -1,13 +1,13 @@
 """Opening a llava-hf checkpoint: jaxvlm beside transformers, each in a process of its own, alternating.
 
-  python benchmarks/import_bench.py [--gigabytes 2] [--rounds 5] [--out benchmarks/results/import.json]
+  python benchmarks/import_bench.py [--gigabytes 2] [--rounds 5] [--device cpu] [--out benchmarks/results/import.json]
 
 The checkpoint is synthetic: random float16 in four shards, in a temporary folder, and in the page cache before the first round.
 It is opened as it is stored, and as float32, our own default. Timed is the call, all its classes imported before, until every
-parameter has been read once: a side that only maps the file has not done so yet. Beside it stand the processor seconds of the
+parameter is on the GPU (`--device gpu`), or has been read once: a side that only maps the file has not done so yet. Beside it stand the processor seconds of the
 call, which neighbours on a shared machine hardly change, and the whole process with its imports. Memory is what the process has
 resident, and of that what is anonymous (mapped pages of a file can be given back): the peak during the call, sampled every 2 ms,
-less what it was before, less the size of the parameters.
+less what it was before, less the size of the parameters if they are in the host's memory.
 
 The host of a virtual machine may have taken unused memory back, and then gives it again at a fraction of the speed of memory. So
 just before the call each side asks for as much memory as the parameters need and gives it back; what that took is recorded.
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -79,7 +80,7 @@ def hub_name(name: str) -> str:
     return name
 
 
-def load(side: str, case: str, folder: str, started: float) -> None:
+def load(side: str, case: str, folder: str, device: str, started: float) -> None:
     """In a process of its own, `started` as the clock of the machine has it: loads and prints the measures."""
     import numpy as np
 
@@ -93,22 +94,27 @@ def load(side: str, case: str, folder: str, started: float) -> None:
 
         def run():
             leaves = jax.tree.leaves(import_model(folder, dtype=None if case == "as stored" else case)[1])
-            return read([np.asarray(leaf) for leaf in leaves]), leaves
+            jax.block_until_ready(leaves)
+            return leaves
     else:
         import torch
         import transformers
         from transformers import CLIPVisionModel, LlamaModel, LlavaForConditionalGeneration  # noqa: F401, not in the call
 
-        torch.zeros(1)
+        place = {"cpu": {}, "gpu": {"device_map": "cuda"}}[device]
+        torch.zeros(1, device=place.get("device_map", "cpu"))
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
 
         def run():
             dtype = "auto" if case == "as stored" else case
-            leaves = list(LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype).parameters())
-            return read([leaf.detach().numpy() for leaf in leaves]), leaves
+            leaves = list(LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, **place).parameters())
+            if device == "gpu":
+                torch.cuda.synchronize()
+            return [leaf.detach() for leaf in leaves]
 
-    room = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) * CASES[case]
+    on_host = device == "cpu"
+    room = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) * CASES[case] * on_host
     start = time.monotonic()
     bytearray(room)
     fetched = time.monotonic() - start
@@ -121,20 +127,16 @@ def load(side: str, case: str, folder: str, started: float) -> None:
     watcher = threading.Thread(target=watch)
     watcher.start()
     start, cpu = time.monotonic(), time.process_time()
-    size, kept = run()
+    kept = run()
+    for leaf in kept if on_host else ():
+        np.asarray(leaf).reshape(-1).view("u2").max()
     end, cpu = time.monotonic(), time.process_time() - cpu
     stop.set()
     watcher.join()
-    above = [most - held - size for most, held in zip(peak, before, strict=True)]
+    size = sum(leaf.nbytes for leaf in kept)
+    above = [most - held - size * on_host for most, held in zip(peak, before, strict=True)]
     values = dict(zip(MEASURES, (end - start, cpu, end - started - fetched, *above), strict=True))
     print(json.dumps(values | {"fetching_memory_seconds": fetched, "bytes": size, "leaves": len(kept)}))
-
-
-def read(arrays: list) -> int:
-    """Reads every byte; the size in bytes."""
-    for array in arrays:
-        array.reshape(-1).view("u2").max()
-    return sum(array.nbytes for array in arrays)
 
 
 def resident() -> list[int]:
@@ -148,11 +150,12 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", default="benchmarks/results/import.json")
-    parser.add_argument("--load", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--load", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.load:
-        side, case, folder, started = options.load
-        return load(side, case, folder, float(started))
+        *what, started = options.load
+        return load(*what, float(started))
     with tempfile.TemporaryDirectory() as folder:
         parameters = write_checkpoint(Path(folder), options.gigabytes)
         size = sum(len(file.read_bytes()) for file in Path(folder).glob("*.safetensors"))  # into the page cache
@@ -161,12 +164,13 @@ def main() -> None:
         for number in range(options.rounds):
             for case in CASES:
                 for side in SIDES:
-                    last = measured(side, case, folder)
+                    last = measured(side, case, folder, options.device)
                     found[case][side].append(last)
                     print(f"round {number + 1}, {case}, {side}: {described(last)}", flush=True)
     result = {
         "what": "loading a llava-hf checkpoint until every parameter was read, peak memory above the result",
-        "device": f"{platform.machine()}, {platform.system()}",
+        "device": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
+        "loaded_on": gpu_name() if options.device == "gpu" else "cpu",
         "versions": {name: metadata.version(name) for name in ("jax", "torch", "transformers", "safetensors")},
         "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
         "checkpoint_bytes": size,
@@ -183,9 +187,16 @@ def main() -> None:
     Path(options.out).write_text(json.dumps(result, indent=2) + "\n")
 
 
-def measured(side: str, case: str, folder: str) -> dict:
-    command = [sys.executable, __file__, "--load", side, case, folder, str(time.monotonic())]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+def gpu_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name()
+
+
+def measured(side: str, case: str, folder: str, device: str) -> dict:
+    command = [sys.executable, __file__, "--load", side, case, folder, device, str(time.monotonic())]
+    platforms = {} if device == "gpu" else {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | platforms)
     return json.loads(done.stdout.splitlines()[-1])
 
 

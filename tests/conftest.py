@@ -16,8 +16,10 @@ import tempfile
 # Eight devices cost a test that uses one 0.3 s of start and nothing a step (measured).
 # The flag of XLA rather than JAX_NUM_CPU_DEVICES: a test's child process that sets either one overrides it.
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAXVLM_TEST_PLATFORM", "cpu")
-# Level 0: the tests compile hundreds of small programs and run each for milliseconds; compiling is what takes the time.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    # The tests compile hundreds of small programs and run each for milliseconds; compiling is what takes the time.
+    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 
 # One worker per core must not run one thread per core in each library, or they wait for each other. XLA's own pool
 # has as many threads as there are simulated devices and cannot be made smaller.

@@ -32,11 +32,12 @@ def mesh():
     return jax.make_mesh((2, 2), ("a", "b"), devices=jax.devices()[:4], axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
 
-@pytest.mark.parametrize("on_host", [True, False])
+@pytest.mark.parametrize("staged", [None, 1, 2, 3])
 @pytest.mark.parametrize("spec", [None, P(), P(None, "a", "b"), P("a", None, "b")])
-def test_stacks_are_read_layer_by_layer(monkeypatch, mesh, on_host, spec):
-    """On an accelerator as on the host; only where the layers are spread over devices are several read at once."""
-    monkeypatch.setattr(module, "_on_host", lambda sharding: on_host)
+def test_stacks_are_read_layer_by_layer(monkeypatch, mesh, staged, spec):
+    """On the host, and on an accelerator that is sent so many of the four layers at a time."""
+    monkeypatch.setattr(module, "_on_host", lambda sharding: staged is None)
+    monkeypatch.setattr(module, "STAGED", (staged or 0) * 6 * 8 * 2)  # bytes of bfloat16
     reads = []
     sharding = None if spec is None else {"llm": {"x": NamedSharding(mesh, spec)}}
     tree = build([leaf(reads)], jnp.bfloat16, sharding)

@@ -1,10 +1,11 @@
 """Planned parameters to arrays, a slice of one tensor at a time: the host never holds a second copy of the result.
 
-On a CPU a parameter is filled where it will stay. On an accelerator a stack of layers goes there layer by layer.
+On a CPU a parameter is filled where it will stay. On an accelerator a large stack of layers goes there a few at a time.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import mmap
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 
 from jaxvlm.weights.plan import Leaf
 from jaxvlm.weights.readers import Index, WeightsError
@@ -26,6 +27,7 @@ from jaxvlm.weights.readers import Index, WeightsError
 Dtype = Any  # a dtype, a function from a parameter's path to one, or None for the file's own
 
 BLOCK = 4 * 2**20  # bytes of a file that a thread holds at once, where the file's layout allows it
+STAGED = 128 * 2**20  # bytes on their way to an accelerator that the host holds at once, if a layer is not larger
 THREADS = 8
 TILE = 2**17  # numbers that are transposed at a time
 
@@ -33,8 +35,8 @@ TILE = 2**17  # numbers that are transposed at a time
 def build(leaves: Sequence[Leaf], dtype: Dtype, shardings: Any = None) -> dict:
     """The tree of the leaves' paths. `shardings` is a tree of at least these paths; without it, the default device.
 
-    Peak memory of the host above the result is a block for each thread; on an accelerator also one slice of one tensor
-    (a layer's, for a stack of them).
+    Peak memory of the host above the result is a block for each thread; on an accelerator also STAGED bytes, or the
+    largest slice of one tensor (of a stack, one layer's).
     """
     placed = None if shardings is None else flatten_dict(shardings, sep="/")
     here = jnp.zeros(()).sharding  # the default device
@@ -55,8 +57,9 @@ def dtype_of(dtype: Dtype, path: str) -> np.dtype:
 
 
 def _array(leaf: Leaf, dtype: np.dtype, sharding: Sharding, pool: ThreadPoolExecutor) -> jax.Array:
-    if leaf.stacked and not _on_host(sharding) and (of_layer := _without_layers(sharding)) is not None:
-        return _by_layers(leaf, dtype, sharding, of_layer, pool)
+    large = math.prod(leaf.shape) * dtype.itemsize > STAGED
+    if large and leaf.stacked and not _on_host(sharding) and not _spreads_layers(sharding):
+        return _by_layers(leaf, dtype, sharding, pool)
     return _sharded(leaf, dtype, sharding, pool)
 
 
@@ -64,33 +67,30 @@ def _on_host(sharding: Sharding) -> bool:
     return all(device.platform == "cpu" for device in sharding.device_set)
 
 
-def _without_layers(sharding: Sharding) -> Sharding | None:
-    """How one layer of a stack is placed; None if the layers themselves are spread over devices."""
-    if isinstance(sharding, SingleDeviceSharding):
-        return sharding
-    if isinstance(sharding, NamedSharding) and (not sharding.spec or sharding.spec[0] is None):
-        return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-    return None
+def _spreads_layers(sharding: Sharding) -> bool:
+    if isinstance(sharding, NamedSharding):
+        return bool(sharding.spec) and sharding.spec[0] is not None
+    return not isinstance(sharding, SingleDeviceSharding)
 
 
-def _by_layers(
-    leaf: Leaf, dtype: np.dtype, sharding: Sharding, of_layer: Sharding, pool: ThreadPoolExecutor
-) -> jax.Array:
-    """A stack made where it belongs and filled layer by layer; the host holds one of them."""
+def _by_layers(leaf: Leaf, dtype: np.dtype, sharding: Sharding, pool: ThreadPoolExecutor) -> jax.Array:
+    """A stack made where it belongs and filled by groups of layers; the host holds one of them."""
     stack = jnp.zeros(leaf.shape, dtype, device=sharding)
-    for number in range(leaf.shape[0]):
+    count = max(1, leaf.shape[0] * STAGED // stack.nbytes)
+    for start in range(0, leaf.shape[0], count):
+        stop = min(start + count, leaf.shape[0])
 
-        def read(index: Index, number: int = number) -> np.ndarray:
-            return leaf.read((slice(number, number + 1), *index))[0]
+        def read(index: Index, start: int = start) -> np.ndarray:
+            return leaf.read((slice(index[0].start + start, index[0].stop + start), *index[1:]))
 
-        layer = _sharded(Leaf(leaf.path, leaf.shape[1:], read), dtype, of_layer, pool)
-        stack = _put(stack, layer, jnp.int32(number)).block_until_ready()
+        group = dataclasses.replace(leaf, shape=(stop - start, *leaf.shape[1:]), read=read)
+        stack = _put(stack, _sharded(group, dtype, sharding, pool), jnp.int32(start)).block_until_ready()
     return stack
 
 
 @partial(jax.jit, donate_argnums=0)
-def _put(stack: jax.Array, layer: jax.Array, number: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, layer, number, 0)
+def _put(stack: jax.Array, group: jax.Array, start: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(stack, group, start, 0)
 
 
 def _sharded(leaf: Leaf, dtype: np.dtype, sharding: Sharding, pool: ThreadPoolExecutor) -> jax.Array:
