@@ -4,10 +4,10 @@
 
 The checkpoint is synthetic: random float16 in four shards, in a temporary folder, and in the page cache before the first round.
 It is opened as it is stored, and as float32, our own default. Timed is the call, all its classes imported before, until every
-parameter is on the GPU (`--device gpu`), or has been read once: a side that only maps the file has not done so yet. Beside it stand the processor seconds of the
-call, which neighbours on a shared machine hardly change, and the whole process with its imports. Memory is what the process has
-resident, and of that what is anonymous (mapped pages of a file can be given back): the peak during the call, sampled every 2 ms,
-less what it was before, less the size of the parameters if they are in the host's memory.
+parameter is on the GPU (`--device gpu`) or, on the CPU, has been read once: a side that only maps the file has not done so yet.
+Beside it stand the processor seconds of the call, which neighbours on a shared machine hardly change, and the whole process with
+its imports. Memory is what the process has resident, and of that what is anonymous (mapped pages of a file can be given back):
+the peak during the call, sampled every 2 ms, less what it was before, less the size of the parameters if the host has them.
 
 The host of a virtual machine may have taken unused memory back, and then gives it again at a fraction of the speed of memory. So
 just before the call each side asks for as much memory as the parameters need and gives it back; what that took is recorded.

@@ -65,11 +65,18 @@ def test_stacks_arrive_whole(monkeypatch, layers):
 
 
 def test_the_quickstarts_toy_trains_and_answers(tmp_path):
-    command = [sys.executable, "-m", "jaxvlm.main", "--config", "configs/quickstart.py:tiny", "--workdir", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "jaxvlm.main",
+        "--config",
+        "configs/quickstart.py:tiny",
+        "--workdir",
+        str(tmp_path),
+    ]
     environment = {key: value for key, value in os.environ.items() if key not in ("JAX_PLATFORMS", "XLA_FLAGS")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     losses = [record["loss"] for record in read_metrics(tmp_path / "metrics.jsonl") if "loss" in record]
     assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
     assert (tmp_path / "report.html").is_file()
-
