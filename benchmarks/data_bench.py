@@ -38,7 +38,6 @@ SIZES |= {(612, 612): 3, (375, 500): 2}
 SIDE, PATCH, LENGTH, BATCH = 336, 14, 1024, 16
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 ROUNDS_OF_TALK = 3
-WARM = 5  # batches before the timing starts: those that were prepared while the first was waited for
 
 
 # ------------------------------------------------------------------------------------------------------------ the data
@@ -244,8 +243,9 @@ def measure(side: str, folder: Path, workers: int) -> None:
     start, seen = time.perf_counter(), []
     for images in {"jaxvlm": jaxvlm_batches, "llava": llava_batches, "hf": hf_batches}[side](folder, workers):
         seen.append((time.perf_counter(), cpu_seconds(), images))
-    (begun, busy, _), (ended, worked, _) = seen[WARM], seen[-1]
-    images = sum(images for *_, images in seen[WARM + 1 :])
+    warm = 2 * workers + 3  # what was prepared while the first batch was waited for is not timed
+    (begun, busy, _), (ended, worked, _) = seen[warm], seen[-1]
+    images = sum(images for *_, images in seen[warm + 1 :])
     cost = {"seconds": ended - begun, "cpu_seconds": worked - busy, "images": images}
     print(json.dumps({"first": seen[0][0] - start, **cost}))
 
