@@ -12,7 +12,7 @@ from data_helpers import llama_tokenizer, record
 from PIL import Image
 
 from jaxvlm.config import DataConfig, ModelConfig, PromptConfig, SourceConfig, StageConfig, VisionConfig
-from jaxvlm.data import DataError, bad
+from jaxvlm.data import DataError, bad, samples
 from jaxvlm.data.loader import Loader
 from jaxvlm.data.mixture import mixture_table
 from jaxvlm.train.metrics import Meter, open_metrics, read_events, read_metrics
@@ -80,6 +80,15 @@ def test_a_source_that_loses_too_much_stops_the_run(folder):
     assert loader(folder, max_bad_share=3 / 23).stats()["skipped"] == 3
     with pytest.raises(DataError, match="max_bad_share is a share between 0 and 1, not 5"):
         loader(folder, max_bad_share=5.0)
+
+
+def test_a_wrong_folder_is_told_without_listing_every_record(folder, monkeypatch):
+    monkeypatch.setattr(samples, "MANY", 5)
+    monkeypatch.setattr(samples, "record_place", None)  # which every entry of a list needs
+    for i in range(5):
+        (folder / f"{i}.png").unlink()
+    with pytest.raises(DataError, match=rf"a loses 22 of 22 records .*\n  22 x {GONE}, the first: {folder}/0.png"):
+        loader(folder)
 
 
 def test_reasons_are_counted_without_what_is_particular():

@@ -182,7 +182,7 @@ def test_records_whose_boxes_cannot_be_converted_are_named(folder):
     several["image"] = ["coco/wide.png", "vg/wide.png"]
     missing = region("[0.40, 0.20, 0.60, 0.60]", id="m") | {"image": "coco/gone.png"}
     texts, bad = said(folder, [outside, several, missing, region("[0.40, 0.20, 0.60, 0.60]")], "crop", boxes="original")
-    assert len(texts) == 1 and "[0.30, 0.20, 0.70, 0.60]" in texts[0]
+    assert len(texts) == 2 and "[0.30, 0.20, 0.70, 0.60]" in texts[1]  # the first is the one without its image
     assert re.match(r"record 'o': the box \[0.00, 0.20, 0.20, 0.60\] lies outside", bad[0])
     assert bad[1] == "record 's' has boxes and 2 images, and a box does not say which one it is in."
     assert "gone.png" in bad[2] and len(bad) == 3
@@ -192,3 +192,18 @@ def test_frames_that_there_are_not(folder):
     for source in (dict(boxes="padded"), dict(boxes="mix")):
         with pytest.raises(DataError, match="Source 's': `boxes` is the frame .* original or square, or 'mix'"):
             said(folder, [region("[0.1, 0.1, 0.2, 0.2]")], **source)
+
+
+def test_boxes_follow_an_image_that_changes(folder):
+    """Also one that was not there, or unreadable, when the table was made."""
+    (folder / "late").mkdir()
+    row = region("[0.20, 0.00, 0.80, 1.00]", "late")
+    image = folder / "late" / "wide.png"
+    assert said(folder, [row, region("[0.20, 0.00, 0.80, 1.00]")], boxes="original")[1] == [
+        f"image file {image} is missing or empty"
+    ]
+    image.write_bytes(b"half of it")
+    for size, box in (((200, 100), "[0.20, 0.25, 0.80, 0.75]"), ((100, 200), "[0.35, 0.00, 0.65, 1.00]")):
+        Image.new("RGB", size).save(image)
+        texts, bad = said(folder, [row, region("[0.20, 0.00, 0.80, 1.00]")], boxes="original")
+        assert texts[0].count(box) == 2 and not bad

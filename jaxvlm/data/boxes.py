@@ -29,7 +29,8 @@ _BOX = re.compile(rf"\[\s*{_NUMBER}\s*,\s*{_NUMBER}\s*,\s*{_NUMBER}\s*,\s*{_NUMB
 def with_boxes(record: Any, source: Source, config: SourceConfig, transform: str) -> Any:
     """The record of a source with the boxes in its turns as the transform shows them, by `config.boxes`.
 
-    Raises `DataError` naming the record: a box that the model does not see, several images, an image without a size.
+    An image that cannot be read is for others to report. Raises `DataError` naming the record: a box that the model does not
+    see, several images.
     """
     frame = config.boxes
     if frame == "mix":
@@ -43,7 +44,10 @@ def with_boxes(record: Any, source: Source, config: SourceConfig, transform: str
     name = f"record {record.get('id')!r}"
     if len(images) > 1:
         raise DataError(f"{name} has boxes and {len(images)} images, and a box does not say which one it is in.")
-    size = image_size(source.image(images[0]), image_address(source, images[0]))
+    try:
+        size = image_size(source.image(images[0]), image_address(source, images[0]))
+    except DataError:
+        return record
 
     def moved(turn: Any) -> Any:
         keys = [key for key in ("value", "content") if isinstance(turn.get(key), str)]

@@ -14,6 +14,8 @@ from jaxvlm.data.llava_mix import PARTS
 from jaxvlm.data.sources import Source, image_address, image_stats
 from jaxvlm.data.table import missing_image, open_table, record_place, table_images
 
+MANY = 100_000  # records without their image
+
 
 class Samples(NamedTuple):
     """Columns, int32 [n]."""
@@ -57,7 +59,7 @@ def usable(
     columns = []
     for i, (config, source, folder) in enumerate(zip(data.sources, sources, tables, strict=True)):
         table, mine = open_table(folder), _names(config)
-        entries = _left_out(table, config, source, features, listed[i], data.quarantine)
+        entries = _left_out(table, config, source, features, listed[i], data)
         for number, entry in sorted(entries.items()):
             name = mine[PARTS.index(entry["part"])] if config.mix else mine[0]
             too_long = dropped if entry["reason"].endswith(DROPPED) else skipped
@@ -85,17 +87,17 @@ def usable(
 
 
 def _left_out(
-    table: Any, config: SourceConfig, source: Source, features: Any, listed: Mapping[int, dict], path: str
+    table: Any, config: SourceConfig, source: Source, features: Any, listed: Mapping[int, dict], data: DataConfig
 ) -> dict[int, dict]:
-    """The entries of a table's records that are not used, by number; `listed` are those in the quarantine list `path`."""
+    """The entries of a table's records that are not used, by number; `listed` are those in the quarantine list."""
     entries = {entry["record"]: entry | {"source": config.name, "file": config.path} for entry in table.bad}
-    entries |= {entry["record"]: entry for entry in _without_image(table, config, source, features)}
+    entries |= {entry["record"]: entry for entry in _without_image(table, config, source, features, data)}
     for row in np.flatnonzero(np.isin(table.record, list(listed))):
         entry = _entry(table, row, config)
         entries.setdefault(entry["record"], entry | {"reason": listed[entry["record"]].get("reason", "")})
     for number, entry in listed.items():
         if number in entries:  # otherwise the mixture does not use it
-            bad.check_identity(entry, entries[number]["id"], path)
+            bad.check_identity(entry, entries[number]["id"], data.quarantine)
     return entries
 
 
@@ -108,14 +110,26 @@ def _entry(table: Any, row: int, config: SourceConfig) -> dict:
 
 
 def _without_image(
-    table: Any, config: SourceConfig, source: Source, features: tuple[Any, Mapping[str, int]] | None
+    table: Any,
+    config: SourceConfig,
+    source: Source,
+    features: tuple[Any, Mapping[str, int]] | None,
+    data: DataConfig,
 ) -> Iterator[dict]:
-    """Entries of the table's records that use an image that is not there."""
+    """Entries of the table's records that use an image that is not there.
+
+    Where they are MANY, and more than may be lost, a wrong folder is likelier than so long a list is of use.
+    """
     if features is None:
         missing = image_stats(source, table.image_names)[:, 0] < 0
     else:
         missing = np.asarray([image_address(source, name) not in features[1] for name in table.image_names], bool)
-    for row in _rows_with(table, missing):
+    lost = _rows_with(table, missing)
+    if len(lost) > MANY:
+        first = table.image_names[int(np.flatnonzero(missing)[0])]
+        why = {f"{bad.kind(missing_image(source, first))}, the first: {image_address(source, first)}": len(lost)}
+        bad.check_share(config.name or config.path, len(lost), len(table.record), data, why)
+    for row in lost:
         name = table.image_names[next(n for n in table_images(table, row) if missing[n])]
         yield _entry(table, row, config) | missing_image(source, name)
 

@@ -35,7 +35,7 @@ from jaxvlm.data.sources import Source, image_address, image_stats, in_threads
 from jaxvlm.data.tiles import ImagePlan, Tiling, image_plan, image_plans
 from jaxvlm.data.tokenizer import Tokenizer
 
-VERSION = 5  # raise it when the same records would give other arrays
+VERSION = 6  # raise it when the same records would give other arrays
 CHUNK = 512  # records tokenised in one call
 LARGE = 50_000  # records; more of them are worth starting processes for
 ROWS = 8192  # records counted at a time
@@ -89,25 +89,34 @@ def cached_table(
     key += [config.mix, config.keep, config.text_only, config.format_prompts]
     key += [config.boxes, splicing.tiling.transform] if config.boxes else []
     key += [instructions.fingerprint_text] if instructions else []
-    texts = cached(cache, key)
-    if not texts.is_dir():
-        with new_folder(texts) as new:
-            encode = _Encode(source, config, tokenizer, template, layout, splicing.tiling.transform, instructions)
-            _encode_records(new, source, config, encode, seed, processes, log)
+    encode = _Encode(source, config, tokenizer, template, layout, splicing.tiling.transform, instructions)
 
-    base = open_table(str(texts))
-    stats = image_stats(source, base.image_names) if splicing.tiling.sized else None
-    digest = None if stats is None else hashlib.sha256(stats).hexdigest()
+    def encoded(key: list) -> tuple[Path, SimpleNamespace]:
+        folder = cached(cache, key)
+        if not folder.is_dir():
+            with new_folder(folder) as new:
+                _encode_records(new, source, config, encode, seed, processes, log)
+        return folder, open_table(str(folder))
+
+    texts, base = encoded(key)
+    if config.boxes and base.files != (now := _files_digest(source, base.image_names)):
+        texts, base = encoded([*key, now])  # boxes were moved by the sizes that images had then
+    digest = _files_digest(source, base.image_names) if splicing.tiling.sized else None
     key = [texts.name, asdict(splicing.tiling), splicing.tiles_per_row, splicing.settings, config.images, digest]
     folder = cached(cache, key)
     if not folder.is_dir():
         with new_folder(folder) as new:
             sizes = np.zeros((len(base.image_names), 2), np.int32)
-            if stats is not None:
+            if digest is not None:
                 sizes = _image_sizes(base.image_names, source, log)
-            digest = _splice_records(new, base, source, config, splicing, sizes)
-            _write_meta(new, {"base": texts.name, "digest": digest})
+            content = _splice_records(new, base, source, config, splicing, sizes)
+            _write_meta(new, {"base": texts.name, "digest": content})
     return str(folder)
+
+
+def _files_digest(source: Source, names: Sequence[str]) -> str:
+    """A hash of the images' file sizes and times of change."""
+    return hashlib.sha256(image_stats(source, names)).hexdigest()
 
 
 def _write_meta(folder: Path, meta: dict) -> None:
@@ -148,7 +157,10 @@ def _encode_records(new: Path, source: Source, config, encode: _Encode, seed, pr
             log(f"{name}: {done:,} of {total:,} records tokenised, {done / (now - started):,.0f} a second")
     images.write(columns)
     others.close()
-    _write_meta(new, {"digest": columns.close()})
+    meta = {"digest": columns.close()}
+    if config.boxes:
+        meta["files"] = _files_digest(source, Texts(new, "image_names", str))
+    _write_meta(new, meta)
 
 
 class _Chunk(NamedTuple):
