@@ -335,7 +335,8 @@ class MeshConfig:
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
-    context: int = 1
+    context: int = 1  # splits rows of tokens; a row's length must be a multiple
+    slices: int = 0  # 0: as the devices say; `data` must be a multiple
 
 
 @dataclass(frozen=True)

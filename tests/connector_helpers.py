@@ -93,7 +93,7 @@ def check_axes(config, *features):
     found = axes_and_shapes(config, *features)
     for path, (names, shape) in found.items():
         assert len(names) == len(shape), path
-        used = [RULES[name] for name in names if name is not None and RULES[name]]
+        used = [getattr(RULES, name) for name in names if name is not None and getattr(RULES, name)]
         assert len(used) == len(set(used)), (config.connector.kind, path, names)
     return found
 

@@ -14,7 +14,7 @@ from jaxvlm.config import ConfigError, LLMConfig, LoRAConfig, ModelConfig, RopeS
 from jaxvlm.kernels import intervals
 from jaxvlm.models.lora import merge_lora
 from jaxvlm.models.vlm import VLM, abstract_params, head_kernel, init_cache, logical_axes
-from jaxvlm.parallel.rules import RULES
+from jaxvlm.parallel.rules import logical_rules
 from jaxvlm.train.step import loss_sums
 
 LLAMA = LLMConfig(vocab_size=40, width=24, depth=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=32, norm_eps=1e-6)
@@ -290,7 +290,7 @@ def test_training_loss_is_of_the_models_own_logits():
 @pytest.mark.parametrize("llm", [GEMMA, PHI, OPT], ids=["gemma", "phi", "opt"])
 def test_every_parameter_has_a_place_on_the_mesh(llm):
     axes = jax.tree.leaves(logical_axes(model(llm))["llm"], is_leaf=lambda x: isinstance(x, tuple))
-    assert {axis for leaf in axes for axis in leaf} <= {None, *RULES}
+    assert {axis for leaf in axes for axis in leaf} <= {None, *dict(logical_rules())}
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from hf_copy import random_params
 
-from jaxvlm.config import ConfigError, ConnectorConfig, LLMConfig, LoRAConfig, ModelConfig, VisionConfig
+from jaxvlm.config import ConfigError, ConnectorConfig, LLMConfig, LoRAConfig, MeshConfig, ModelConfig, VisionConfig
 from jaxvlm.models.vlm import VLM, abstract_params, init_params, logical_axes
+from jaxvlm.parallel.mesh import make_mesh
+from jaxvlm.parallel.rules import logical_rules
 
 CONFIG = ModelConfig(
     vision=VisionConfig(image_size=8, patch_size=4, width=8, depth=2, num_heads=2, mlp_dim=16),
@@ -139,16 +141,14 @@ def test_unknown_choices_name_the_known_ones():
 
 def test_constraints_reach_the_compiler_under_set_mesh():
     """`with mesh:` would drop every one of them without a word."""
-    rules = [("batch", "data"), ("heads", "tensor"), ("mlp", "tensor"), ("vision_heads", "tensor")]
-    auto = (jax.sharding.AxisType.Auto,) * 2
-    mesh = jax.make_mesh((1, 1), ("data", "tensor"), axis_types=auto, devices=jax.devices()[:1])
+    mesh = make_mesh(MeshConfig(data=2, fsdp=1, tensor=2), jax.devices()[:4])
 
     def lowered():
         function = jax.jit(lambda params, batch: VLM(CONFIG).apply({"params": params}, batch))
         return function.lower(abstract_params(CONFIG), batch()).as_text()
 
     assert "sharding_constraint" not in lowered()
-    with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+    with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules()):
         text = lowered()
     constraints = [line for line in text.splitlines() if "sharding_constraint" in line]
     assert any('"tensor"' in line and '"data"' in line for line in constraints)

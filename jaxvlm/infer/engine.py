@@ -35,7 +35,7 @@ from jaxvlm.infer.detokenizer import Detokenizer, cut_at
 from jaxvlm.infer.requests import plain
 from jaxvlm.infer.sampler import row_keys
 from jaxvlm.models.vlm import abstract_params, logical_axes
-from jaxvlm.parallel.rules import logical_rules, param_shardings, put_batch
+from jaxvlm.parallel.rules import INFERENCE, logical_rules, param_shardings, put_batch
 
 BATCH_SIZE = 16
 VISUAL_CACHE_BYTES = 512 * 2**20  # on the host; a chat and ten questions about one image encode it once
@@ -406,7 +406,7 @@ class Engine:
         if self.mesh is None:
             yield
             return
-        with jax.set_mesh(self.mesh), nn.logical_axis_rules(logical_rules()):
+        with jax.set_mesh(self.mesh), nn.logical_axis_rules(logical_rules(INFERENCE)):
             yield
 
 

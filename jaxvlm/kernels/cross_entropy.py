@@ -8,9 +8,23 @@ the loss (as Liger Kernel does, kernels §2), which also saves the backward pass
 
 import math
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+
+class Split(NamedTuple):
+    """The mesh axes (of `jax.set_mesh`) over which the arguments of `linear_cross_entropy` are split."""
+
+    rows: tuple[str, ...]
+    length: tuple[str, ...]
+    width: tuple[str, ...]  # of the kernel; hidden has its whole width everywhere
+    vocab: tuple[str, ...]
+
+
+ONE_DEVICE = Split((), (), (), ())
 
 
 def linear_cross_entropy(
@@ -22,6 +36,7 @@ def linear_cross_entropy(
     bias: jax.Array | None = None,
     softcap: float | None = None,
     chunk: int = 64,
+    split: Split | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted sum of the next-token losses of a linear head.
 
@@ -36,6 +51,8 @@ def linear_cross_entropy(
         bias: [V], added to the logits in float32, or None.
         softcap: the logits become softcap * tanh(logits / softcap), after the bias.
         chunk: positions of each row that are computed at once; [B, chunk, V] float32 logits exist at a time.
+        split: how the arrays lie on a mesh. Each device then goes through its own part of the rows; the kernel's width is
+            gathered once before, and its gradient summed over devices once after the loop.
 
     Returns:
         loss: float32 scalar, sum(weights * nll); differentiable with respect to `hidden`, `kernel` and `bias`, and to
@@ -47,25 +64,25 @@ def linear_cross_entropy(
             f"linear_cross_entropy: hidden {hidden.shape}, kernel {kernel.shape}, targets {targets.shape} "
             f"and weights {weights.shape} do not fit together."
         )
-    loss, nll = _weighted_sum(hidden, kernel, bias, targets, jax.lax.stop_gradient(weights), chunk, softcap)
+    loss, nll = _weighted_sum(hidden, kernel, bias, targets, jax.lax.stop_gradient(weights), chunk, softcap, split)
     return loss, jax.lax.stop_gradient(nll)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _weighted_sum(hidden, kernel, bias, targets, weights, chunk, softcap):
-    return _compute(hidden, kernel, bias, targets, weights, chunk, softcap)[:2]
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _weighted_sum(hidden, kernel, bias, targets, weights, chunk, softcap, split):
+    return _compute(hidden, kernel, bias, targets, weights, chunk, softcap, split)[:2]
 
 
-def _forward(hidden, kernel, bias, targets, weights, chunk, softcap):
+def _forward(hidden, kernel, bias, targets, weights, chunk, softcap, split):
     wanted = hidden.perturbed, kernel.perturbed, bias is not None and bias.perturbed
     bias = bias if bias is None else bias.value
     loss, nll, gradients = _compute(
-        hidden.value, kernel.value, bias, targets.value, weights.value, chunk, softcap, wanted
+        hidden.value, kernel.value, bias, targets.value, weights.value, chunk, softcap, split, wanted
     )
     return (loss, nll), gradients
 
 
-def _backward(chunk, softcap, gradients, cotangents):
+def _backward(chunk, softcap, split, gradients, cotangents):
     scale = cotangents[0]
     if isinstance(scale, jax.custom_derivatives.SymbolicZero):
         return None, None, None, None, None
@@ -75,13 +92,28 @@ def _backward(chunk, softcap, gradients, cotangents):
 _weighted_sum.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _compute(hidden, kernel, bias, targets, weights, chunk, softcap, wanted=(False, False, False)):
+def _compute(hidden, kernel, bias, targets, weights, chunk, softcap, split, wanted=(False, False, False)):
     """Loss, nll and the wanted gradients of (hidden, kernel, bias); None stands for those not wanted."""
+    local = partial(_local, chunk=chunk, softcap=softcap, split=split or ONE_DEVICE, wanted=wanted)
+    if split is None:
+        return local(hidden, kernel, bias, targets, weights)
+    tokens, head, vocab = PartitionSpec(*split[:2]), PartitionSpec(*split[2:]), PartitionSpec(split.vocab)
+    in_specs = (tokens, head, vocab, tokens, tokens)
+    out_specs = (PartitionSpec(), tokens, (tokens, head, vocab))
+    # The gradients are made inside; nothing differentiates through the shards, so there is no variance to keep track of.
+    shards = jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return shards(hidden, kernel, bias, targets, weights)
+
+
+def _local(hidden, kernel, bias, targets, weights, *, chunk, softcap, split, wanted):
+    """`_compute` of one device's part; what it gives is summed over devices."""
     want_hidden, want_kernel, want_bias = wanted
+    shards = split.rows + split.length
     batch, length, width = hidden.shape
     chunk = min(chunk, length)
     padded = math.ceil(length / chunk) * chunk
-    head = kernel.astype(hidden.dtype)
+    head = jax.lax.all_gather(kernel.astype(hidden.dtype), split.width, axis=0, tiled=True)
+    first = jax.lax.axis_index(split.vocab) * head.shape[1]  # of this device's part of the vocabulary
 
     supervised = weights != 0
     order = jnp.argsort(~supervised, axis=1, stable=True)  # [B, S], supervised positions first
@@ -89,7 +121,8 @@ def _compute(hidden, kernel, bias, targets, weights, chunk, softcap, wanted=(Fal
     order = jnp.pad(order, ((0, 0), (0, padded - length)))
     weights = jnp.pad(jnp.take_along_axis(weights, order[:, :length], axis=1), ((0, 0), (0, padded - length)))
     targets = jnp.take_along_axis(targets, order, axis=1)
-    num_chunks = (jnp.max(jnp.sum(supervised, axis=1)) + chunk - 1) // chunk  # the loop's length is data
+    fullest = jax.lax.pmax(jnp.max(jnp.sum(supervised, axis=1)), shards)
+    num_chunks = (fullest + chunk - 1) // chunk  # the loop's length is data, and the same on all devices
 
     def body(i, carry):
         nll, dhidden, dkernel, dbias = carry
@@ -103,10 +136,13 @@ def _compute(hidden, kernel, bias, targets, weights, chunk, softcap, wanted=(Fal
             logits = logits + bias.astype(jnp.float32)
         if softcap is not None:
             logits = softcap * jnp.tanh(logits / softcap)
-        log_total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-        # A comparison and not a gather, so that a head sharded over the vocabulary needs no communication for it.
-        hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == take(targets)[..., None]
+        highest = jax.lax.pmax(jnp.max(logits, axis=-1, keepdims=True), split.vocab)
+        total = jnp.sum(jnp.exp(logits - highest), axis=-1, keepdims=True)
+        # A comparison and not a gather: of a vocabulary that is split, one device has the target and the others nothing.
+        hit = first + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == take(targets)[..., None]
         right = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1, keepdims=True)
+        total, right = jax.lax.psum((total, right), split.vocab)
+        log_total = highest + jnp.log(total)
         nll = put(nll, jnp.where(weight != 0, log_total - right, 0.0)[..., 0])
         if any(wanted):
             dlogits = (jnp.exp(logits - log_total) - hit) * weight  # [B, C, V]
@@ -124,16 +160,18 @@ def _compute(hidden, kernel, bias, targets, weights, chunk, softcap, wanted=(Fal
     carry = (
         jnp.zeros((batch, padded), jnp.float32),
         jnp.zeros((batch, padded, width), hidden.dtype) if want_hidden else None,
-        jnp.zeros(kernel.shape, jnp.float32) if want_kernel else None,
+        jnp.zeros(head.shape, jnp.float32) if want_kernel else None,
         jnp.zeros(bias.shape, jnp.float32) if want_bias else None,
     )
     nll, dhidden, dkernel, dbias = jax.lax.fori_loop(0, num_chunks, body, carry)
-    loss = jnp.sum(nll * weights)
+    loss = jax.lax.psum(jnp.sum(nll * weights), shards)
     nll = jnp.take_along_axis(nll, rank, axis=1)
     if want_hidden:
-        dhidden = jnp.take_along_axis(dhidden, rank[..., None], axis=1)
+        dhidden = jax.lax.psum(jnp.take_along_axis(dhidden, rank[..., None], axis=1), split.vocab)
     if want_kernel:
+        others = tuple(axis for axis in shards if axis not in split.width)
+        dkernel = jax.lax.psum_scatter(jax.lax.psum(dkernel, others), split.width, scatter_dimension=0, tiled=True)
         dkernel = dkernel.astype(kernel.dtype)
     if want_bias:
-        dbias = dbias.astype(bias.dtype)
+        dbias = jax.lax.psum(dbias, shards).astype(bias.dtype)
     return loss, nll, (dhidden, dkernel, dbias)

@@ -123,6 +123,6 @@ class EfficientNetLite(nn.Module):
         for count, kernel, stride, expansion, width in STAGES:
             for i in range(count):
                 block = Block(kernel, 1 if i else stride, expansion, width, i > 0, self.dtype, name=f"blocks_{index}")
-                x, index = constrain(block(x), ("batch", None, None, None)), index + 1
+                x, index = constrain(block(x), ("tiles", None, None, None)), index + 1
         x = relu6(Conv(HEAD_WIDTH, 1, self.dtype, name="head")(x))  # [B, g, g, 1280]
         return x.reshape(x.shape[0], -1, HEAD_WIDTH)

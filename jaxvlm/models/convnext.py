@@ -49,12 +49,12 @@ class Block(nn.Module):
         y = Conv(self.width, 7, self.dtype, depthwise=True, name="depthwise")(x)
         y = layer_norm(c.norm_eps, self.dtype, "vision_embed", "norm")(y)
         y = Projection((self.width,), (wide,), outer, inner, self.dtype, bias=True, name="up")(y)
-        y = constrain(activation(c.activation)(y), ("batch", None, None, "vision_mlp"))  # [B, n, n, 4 C]
+        y = constrain(activation(c.activation)(y), ("tiles", None, None, "vision_mlp"))  # [B, n, n, 4 C]
         y = Projection((wide,), (self.width,), inner, outer, self.dtype, bias=True, name="down")(y)
         if c.layer_scale:
             init = nn.with_logical_partitioning(nn.initializers.ones, ("vision_embed",))
             y = y * self.param("scale", init, (self.width,)).astype(self.dtype)
-        return constrain(x + y, ("batch", None, None, None)), None
+        return constrain(x + y, ("tiles", None, None, None)), None
 
 
 class Stage(nn.Module):
@@ -107,4 +107,4 @@ def _cells(x, size, width, dtype, name):
     """A convolution of this width and stride: [B, n, n, C] -> [B, n / size, n / size, width]."""
     shape, axes = (size, size, x.shape[-1]), (None, None, None)
     to_width = Projection(shape, (width,), axes, ("vision_embed",), dtype, bias=True, name=name)
-    return constrain(to_width(patches(x, size)), ("batch", None, None, None))
+    return constrain(to_width(patches(x, size)), ("tiles", None, None, None))

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxvlm.config import ConfigError, LoRAConfig
+from jaxvlm.kernels.attention import attention
+from jaxvlm.parallel.rules import active, active_spec, constrain
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # OpenAI CLIP
@@ -23,7 +25,47 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 normal_init = nn.initializers.normal(0.02)
-constrain = nn.with_logical_constraint
+WIDTHS = ("embed", "vision_embed")
+
+
+def whole(parameter: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """A parameter as products use it: FSDP stores it split along its width, and here its parts are gathered.
+
+    Said so, because the compiler would rather move activations where these are smaller, as tables of embeddings are large.
+    """
+    return constrain(parameter, tuple(None if axis in WIDTHS else axis for axis in axes), "a parameter in use")
+
+
+def sharded_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, k_start: jax.Array, k_end: jax.Array, axes: tuple[str, ...], **options
+) -> jax.Array:
+    """`kernels.attention` on every device's own rows, heads and queries; `axes` name q's [B, S, H] (k's heads: 'kv_heads'
+    for 'heads').
+
+    A kernel sees arrays of one device, since the compiler cannot split it. Where the length is split, each device
+    gathers the row's keys and values and answers its own queries, whose intervals count in the whole row.
+    """
+    if active() is None:
+        return attention(q, k, v, k_start=k_start, k_end=k_end, **options)
+
+    def spec(x, *names):
+        return active_spec(names, x.shape, "attention")
+
+    rows, length, heads = axes
+    q_spec, i_spec = spec(q, *axes, None), spec(k_start, rows, length)
+    kv_spec = spec(k, rows, length, "kv_heads" if heads == "heads" else heads, None)
+    if q_spec[2] != kv_spec[2]:  # fewer key heads than devices along `tensor`: one for each, some of them the same
+        copies = jax.sharding.get_abstract_mesh().shape[q_spec[2]] // k.shape[2]
+        k, v = (jnp.repeat(x, copies, axis=2) for x in (k, v))
+        kv_spec = spec(k, rows, length, heads, None)
+
+    def local(q, k, v, k_start, k_end):
+        if kv_spec[1] is not None:
+            k, v = (jax.lax.all_gather(x, kv_spec[1], axis=1, tiled=True) for x in (k, v))
+        return attention(q, k, v, k_start=k_start, k_end=k_end, **options)
+
+    split = jax.shard_map(local, in_specs=(q_spec, kv_spec, kv_spec, i_spec, i_spec), out_specs=q_spec)
+    return split(q, k, v, k_start, k_end)
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
@@ -73,9 +115,17 @@ class Projection(nn.Module):
 
     def _contract(self, x, name, shape_in, shape_out, axes, init):
         kernel = self.param(name, nn.with_logical_partitioning(init, axes), (*shape_in, *shape_out))
+        kernel = whole(kernel.astype(self.dtype), axes).reshape(math.prod(shape_in), -1)
+        lead = x.shape[: x.ndim - len(shape_in)]
+        if _context() > 1:  # rows and length are split both: together they are no dimension that can be
+            return (x.reshape(*lead, -1) @ kernel).reshape(*lead, *shape_out)
         # Two plain matrices: XLA's CPU backend copies transposes for the weight gradient of anything else.
-        flat = x.reshape(-1, math.prod(shape_in)) @ kernel.astype(self.dtype).reshape(math.prod(shape_in), -1)
-        return flat.reshape(*x.shape[: x.ndim - len(shape_in)], *shape_out)
+        return (x.reshape(-1, math.prod(shape_in)) @ kernel).reshape(*lead, *shape_out)
+
+
+def _context() -> int:
+    found = active()
+    return found[0].shape["context"] if found else 1
 
 
 def layer_norm(eps: float, dtype: jnp.dtype, axis: str, name: str | None = None) -> nn.LayerNorm:

@@ -14,8 +14,17 @@ from jax.tree_util import Partial
 
 from jaxvlm.config import ConfigError, LLMConfig
 from jaxvlm.kernels import intervals
-from jaxvlm.kernels.attention import attention
-from jaxvlm.models.layers import Projection, RMSNorm, activation, constrain, layer_norm, normal_init, stack
+from jaxvlm.models.layers import (
+    Projection,
+    RMSNorm,
+    activation,
+    constrain,
+    layer_norm,
+    normal_init,
+    sharded_attention,
+    stack,
+    whole,
+)
 from jaxvlm.models.rotary import rotary_angles, rotate
 
 # {'k', 'v': [L, B, length, K, h], 'index': int32 scalar, the next free slot}; with longrope also 'stretched', bool [B].
@@ -68,7 +77,8 @@ class Attention(nn.Module):
                 "v": jax.lax.dynamic_update_slice(cache["v"], v[None].astype(cache["v"].dtype), at),
             }
             k, v = (cache[name][layer].astype(self.dtype) for name in ("k", "v"))  # [B, length, K, h]
-        out = attention(q, k, v, k_start=k_start, k_end=k_end, scale=c.attn_scale, softcap=c.attn_softcap)
+        own = dict(axes=("batch", "length", "heads"), scale=c.attn_scale, softcap=c.attn_softcap)
+        out = sharded_attention(q, k, v, k_start=k_start, k_end=k_end, **own)
         shape, axes = (c.num_heads, c.head_dim), ("heads", "head_dim")
         to_width = Projection(shape, (c.width,), axes, ("embed",), self.dtype, c.out_bias, c.lora, name="o")
         return to_width(out), cache
@@ -150,7 +160,8 @@ class LLM(nn.Module):
         """
         c = self.config
         if c.learned_positions:
-            x = x + jnp.take(self.pos_embed, positions, axis=0).astype(self.dtype)
+            table = whole(self.pos_embed.astype(self.dtype), (None, "embed"))
+            x = x + jnp.take(table, positions, axis=0)
         stretched = None
         if c.rope_scaling.kind == "longrope":
             # As transformers chooses, but row by row, and once: a row keeps the choice of its prompt, since the keys in
@@ -199,7 +210,7 @@ class Embedding(nn.Module):
 
     def __call__(self, tokens):
         """tokens int32 [B, S] -> [B, S, D]. A token outside the vocabulary becomes NaN, so that it cannot hide."""
-        x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+        x = jnp.take(whole(self.embedding.astype(self.dtype), ("vocab", "embed")), tokens, axis=0)
         return constrain(x * jnp.asarray(self.scale, self.dtype), ("batch", "length", None))
 
     def attend(self, hidden):

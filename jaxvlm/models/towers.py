@@ -80,7 +80,7 @@ def _features(tower: nn.Module, c: VisionConfig, pixels: jax.Array) -> jax.Array
     if pixels.shape[2:] != (size, size, 3):
         raise ValueError(f"pixels {pixels.shape} are not [B, T, {size}, {size}, 3].")
     batch, tiles = pixels.shape[:2]
-    pixels = constrain(pixels.reshape(batch * tiles, size, size, 3), ("batch", None, None, None))
+    pixels = constrain(pixels.reshape(batch * tiles, size, size, 3), ("tiles", None, None, None))
     pixels = (pixels.astype(jnp.float32) / 255 - jnp.array(c.mean)) / jnp.array(c.std)
     features = _regrid(tower(pixels) if c.scales == (1,) else _multi_scale(tower, c, pixels), c)
     return features.reshape(batch, tiles, *features.shape[1:])

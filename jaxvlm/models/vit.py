@@ -10,8 +10,7 @@ import jax.numpy as jnp
 
 from jaxvlm.config import ConfigError, VisionConfig
 from jaxvlm.kernels import intervals
-from jaxvlm.kernels.attention import attention
-from jaxvlm.models.layers import Projection, activation, constrain, layer_norm, normal_init, stack
+from jaxvlm.models.layers import Projection, activation, constrain, layer_norm, normal_init, sharded_attention, stack
 
 
 def feature_states(config: VisionConfig) -> tuple[int, ...]:
@@ -55,11 +54,12 @@ class Attention(nn.Module):
 
         def project(name):
             to_heads = Projection((c.width,), shape, ("vision_embed",), axes, self.dtype, bias=True, name=name)
-            return constrain(to_heads(x), ("batch", "visual_length", *axes))
+            return constrain(to_heads(x), ("tiles", "visual_length", *axes))
 
         q, k, v = project("q"), project("k"), project("v")  # [B, N, H, h]
         k_start, k_end = intervals.full(x.shape[0], x.shape[1], x.shape[1])
-        out = attention(q, k, v, k_start=k_start, k_end=k_end)
+        own = ("tiles", "visual_length", "vision_heads")
+        out = sharded_attention(q, k, v, k_start=k_start, k_end=k_end, axes=own)
         return Projection(shape, (c.width,), axes, ("vision_embed",), self.dtype, bias=True, name="o")(out)
 
 
@@ -79,7 +79,7 @@ class MLP(nn.Module):
             return Projection((c.width,), (c.mlp_dim,), outer, inner, self.dtype, bias=True, name=name)(x)
 
         y = jax.nn.silu(widen("gate")) * widen("up") if c.mlp == "swiglu" else activation(c.activation)(widen("up"))
-        y = constrain(y, ("batch", "visual_length", "vision_mlp"))  # [B, N, F]
+        y = constrain(y, ("tiles", "visual_length", "vision_mlp"))  # [B, N, F]
         return Projection((c.mlp_dim,), (c.width,), inner, outer, self.dtype, bias=True, name="down")(y)
 
 
@@ -94,7 +94,7 @@ class Layer(nn.Module):
         c, (x, outputs) = self.config, carry
         x = x + self._scaled("scale1", Attention(c, self.dtype, name="attn")(self._norm("norm1", x)))
         x = x + self._scaled("scale2", MLP(c, self.dtype, name="mlp")(self._norm("norm2", x)))
-        x = constrain(x, ("batch", "visual_length", None))
+        x = constrain(x, ("tiles", "visual_length", None))
         outputs = tuple(jnp.where(number == n, x, old) for n, old in zip(self.kept, outputs, strict=True))
         return (x, outputs), None
 
@@ -151,7 +151,7 @@ class ViT(nn.Module):
         if c.num_registers:  # after the positions: registers have none (Darcet et al. 2023)
             registers = self._token("register_tokens", batch, (c.num_registers,))
             x = jnp.concatenate([x[:, :1], registers, x[:, 1:]] if c.class_token else [registers, x], axis=1)
-        return constrain(x, ("batch", "visual_length", None))
+        return constrain(x, ("tiles", "visual_length", None))
 
     def _token(self, name, batch, shape=()):
         init = nn.with_logical_partitioning(normal_init, (*[None] * len(shape), "vision_embed"))

@@ -12,12 +12,14 @@ import jax.numpy as jnp
 
 from jaxvlm.config import ModelConfig
 from jaxvlm.kernels import intervals
+from jaxvlm.kernels.cross_entropy import Split
 from jaxvlm.models.connectors import connector
 from jaxvlm.models.layers import constrain
 from jaxvlm.models.llm import LLM, Cache, init_cache
 from jaxvlm.models.towers import join, look, tower
+from jaxvlm.parallel.rules import active_spec
 
-__all__ = ["VLM", "abstract_params", "head_bias", "head_kernel", "init_cache", "init_params", "logical_axes"]
+__all__ = ["VLM", "abstract_params", "head_bias", "head_kernel", "head_split", "init_cache", "init_params", "logical_axes"]
 
 ROW_END = -2  # in a batch's visual_index: the connector's learned row end
 PROJECT_ALSO = ("qformer_tokens", "qformer_mask", "tile_regions")  # of a batch, for the connectors that read them
@@ -50,10 +52,15 @@ class VLM(nn.Module):
         elif pixels:
             visual = self.project(self.encode(*pixels), **more)
         blend = (batch["visual_corners"], batch["visual_shares"]) if "visual_corners" in batch else None
-        x = self.embed(batch["tokens"], batch["visual_index"], visual, blend)
-        k_start, k_end = intervals.causal(batch["segment_ids"])
-        after = self._in_llm(batch["visual_index"], visual)
-        hidden, cache = self.llm(x, batch["positions"], k_start, k_end, cache, after)
+        tokens, visual_index, positions = (
+            constrain(batch[name], ("batch", "length")) for name in ("tokens", "visual_index", "positions")
+        )
+        x = self.embed(tokens, visual_index, visual, blend)
+        # Running sums along a row, which each device has whole, and then its own part of them.
+        k_start, k_end = (constrain(x, ("batch", None)) for x in intervals.causal(constrain(batch["segment_ids"], ("batch", None))))
+        k_start, k_end = (constrain(x, ("batch", "length")) for x in (k_start, k_end))
+        after = self._in_llm(visual_index, visual)
+        hidden, cache = self.llm(x, positions, k_start, k_end, cache, after)
         return hidden if cache is None else (hidden, cache)
 
     def encode(self, *pixels: jax.Array) -> jax.Array | tuple[jax.Array, ...]:
@@ -98,7 +105,7 @@ class VLM(nn.Module):
         x = self.llm.embed(tokens)
         if visual is None:
             return x
-        visual = visual[..., : x.shape[-1]]
+        visual = constrain(visual[..., : x.shape[-1]], ("batch", None, None))  # any place may need any of the row's
 
         def at(index: jax.Array) -> jax.Array:
             return jnp.take_along_axis(visual, jnp.maximum(index, 0)[..., None], axis=1)  # [B, S, D]
@@ -182,6 +189,15 @@ def head_kernel(params: dict) -> jax.Array:
 def head_bias(params: dict) -> jax.Array | None:
     """The bias [V] of the decoder's head, if it has one."""
     return params["llm"].get("head", {}).get("bias")
+
+
+def head_split(hidden: jax.Array, kernel: jax.Array) -> Split | None:
+    """How `hidden` [B, S, D] and the head's kernel [D, V] lie on the active mesh; None where there is none."""
+    tokens = active_spec(("batch", "length"), hidden.shape[:2], "hidden")
+    if tokens is None:
+        return None
+    specs = *tokens, *active_spec(("embed", "vocab"), kernel.shape, "llm/head/kernel")
+    return Split(*((axes,) if isinstance(axes, str) else axes or () for axes in specs))
 
 
 def _init(config: ModelConfig, rng: jax.Array) -> dict:

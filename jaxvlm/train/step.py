@@ -11,7 +11,7 @@ import optax
 from flax import linen as nn
 
 from jaxvlm.kernels.cross_entropy import linear_cross_entropy
-from jaxvlm.models.vlm import VLM, head_bias, head_kernel
+from jaxvlm.models.vlm import VLM, head_bias, head_kernel, head_split
 from jaxvlm.parallel.rules import logical_rules
 from jaxvlm.train.state import TrainState, merge
 
@@ -27,13 +27,15 @@ def loss_sums(
     micro-batches is the token-weighted mean of the whole batch: sum w * CE / sum w. `dropout` is a key, or None.
     """
     hidden = model.apply({"params": params}, batch, rngs=None if dropout is None else {"dropout": dropout})  # [B, S, D]
+    kernel = head_kernel(params)
     loss, nll = linear_cross_entropy(
         hidden,
-        head_kernel(params),
+        kernel,
         batch["targets"],
         weights,
         bias=head_bias(params),
         softcap=model.config.llm.logit_softcap,
+        split=head_split(hidden, kernel),
     )  # scalar, [B, S]
     supervised = batch["loss_weights"] > 0
     sources = jnp.where(supervised, batch["source_ids"], num_sources).reshape(-1)

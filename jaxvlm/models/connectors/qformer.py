@@ -8,9 +8,8 @@ import jax.numpy as jnp
 
 from jaxvlm.config import ConfigError, ModelConfig
 from jaxvlm.kernels import intervals
-from jaxvlm.kernels.attention import attention
 from jaxvlm.models.connectors.row_end import row_end
-from jaxvlm.models.layers import Projection, activation, constrain, layer_norm, normal_init, stack
+from jaxvlm.models.layers import Projection, activation, constrain, layer_norm, normal_init, sharded_attention, stack
 
 
 class Attention(nn.Module):
@@ -27,10 +26,11 @@ class Attention(nn.Module):
         def project(name, of):
             width = (of.shape[-1],)
             to_heads = Projection(width, shape, ("vision_embed",), axes, self.dtype, bias=True, name=name)
-            return constrain(to_heads(of), ("batch", "visual_length", *axes))
+            return constrain(to_heads(of), ("tiles", "visual_length", *axes))
 
         q, k, v = project("q", x), project("k", source), project("v", source)
-        out = attention(q, k, v, k_start=k_start, k_end=k_end)  # [B, S, H, h]
+        own = ("tiles", "visual_length", "vision_heads")
+        out = sharded_attention(q, k, v, k_start=k_start, k_end=k_end, axes=own)  # [B, S, H, h]
         return Projection(shape, (c.width,), axes, ("vision_embed",), self.dtype, bias=True, name="o")(out)
 
 
@@ -65,7 +65,7 @@ class Layer(nn.Module):
         if c.text_vocab_size and text.shape[1]:
             text = self._norm("text_mlp_norm", text + self._part(MLP, "text_mlp")(text))
             x = jnp.concatenate([x, text], axis=1)
-        return constrain(x, ("batch", "visual_length", None))
+        return constrain(x, ("tiles", "visual_length", None))
 
     def _part(self, module, name):
         return module(self.config, self.dtype, name=name)

@@ -59,10 +59,14 @@ def visible_cells(regions: jax.Array, sides: Sequence[int], grid: int) -> jax.Ar
 
 
 class WindowAttention(nn.Module):
-    """Every query [B, P, W] over its own visible cells, for each tower [B, P, m * m, W]; one softmax for all towers."""
+    """Every query [B, P, W] over its own visible cells, for each tower [B, P, m * m, W]; one softmax for all towers.
+
+    `rows` names B: the tiles, or in the decoder the rows of the batch.
+    """
 
     config: SVAConfig
     dtype: jnp.dtype
+    rows: str
 
     @nn.compact
     def __call__(self, queries, windows, visible):
@@ -75,7 +79,7 @@ class WindowAttention(nn.Module):
 
         q = project("q", queries)  # [B, P, H, h]
         k, v = (jnp.concatenate([project(f"{n}_{i}", w) for i, w in enumerate(windows)], axis=2) for n in "kv")
-        k, v = (constrain(x, ("batch", "visual_length", None, *axes)) for x in (k, v))  # [B, P, M, H, h]
+        k, v = (constrain(x, (self.rows, "visual_length", None, *axes)) for x in (k, v))  # [B, P, M, H, h]
         scores = jnp.einsum("bphd,bpmhd->bphm", q, k, preferred_element_type=jnp.float32) * shape[1] ** -0.5
         weights = jax.nn.softmax(scores, axis=-1, where=visible[:, :, None]).astype(self.dtype)
         out = jnp.einsum("bphm,bpmhd->bphd", weights, v)
@@ -89,6 +93,7 @@ class Aggregator(nn.Module):
     act: str
     width: int
     dtype: jnp.dtype
+    rows: str = "tiles"
 
     @nn.compact
     def __call__(self, queries, context, windows, visible):
@@ -101,7 +106,7 @@ class Aggregator(nn.Module):
         context = linear("context", context, c.width, ("vision_embed", None))
         x = linear("in", jnp.concatenate([queries, context], axis=-1), c.width, (None, "vision_embed"))
         windows = [self._placed(i, window) for i, window in enumerate(windows)]
-        x = x + WindowAttention(c, self.dtype, name="attn")(x, windows, visible)
+        x = x + WindowAttention(c, self.dtype, self.rows, name="attn")(x, windows, visible)
         x = layer_norm(NORM_EPS, self.dtype, "vision_embed", "norm")(x)
         x = activation(self.act)(linear("up", x, c.width, ("vision_embed", "vision_mlp")))
         return queries + linear("down", x, self.width, ("vision_mlp", axis)), None
@@ -177,7 +182,7 @@ class SVA(nn.Module):
         towers = [x.astype(self.dtype).reshape(batch * tiles, *x.shape[2:]) for x in features]
         towers = [Towards(c, act, self.dtype, name=f"aux_{i}")(x) for i, x in enumerate(towers)]
         context = jnp.broadcast_to(towers[0].mean(1, keepdims=True), (batch * tiles, queries, c.width))
-        windows = [constrain(split_windows(x, c.grid), ("batch", "visual_length", None, None)) for x in towers]
+        windows = [constrain(split_windows(x, c.grid), ("tiles", "visual_length", None, None)) for x in towers]
         if regions is None:
             visible = jnp.ones((batch * tiles, queries, sum(side**2 for side in sides)), bool)
         else:
@@ -226,7 +231,7 @@ class SVA(nn.Module):
 
     def _in_llm(self) -> Aggregator:
         c = self.config
-        return Aggregator(c.connector.sva, c.connector.activation, c.llm.width, self.dtype, parent=None)
+        return Aggregator(c.connector.sva, c.connector.activation, c.llm.width, self.dtype, "batch", parent=None)
 
     def _init_llm_layers(self, key):
         c = self.config.connector.sva
