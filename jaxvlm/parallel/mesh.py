@@ -48,7 +48,8 @@ def _arrange(devices: list[Any], sizes: tuple[int, ...], slices: int) -> np.ndar
     """The devices as an array of this shape, slices outermost."""
     groups: dict[int, list[Any]] = {}
     for device in devices:
-        index = device.slice_index if device.platform == "tpu" else 0  # a GPU's is its host, whose network FSDP may cross
+        # A GPU's is its host, whose network FSDP may cross; a topology of one slice, described without hardware, has none.
+        index = getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
         groups.setdefault(index, []).append(device)
     found = [groups[index] for index in sorted(groups)]
     if len(found) == 1 and slices > 1:  # devices that know of no slices: equal parts, in their order
