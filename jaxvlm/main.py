@@ -24,6 +24,7 @@ The main job, every stage and then the evaluation, resumed where it stopped if i
     --config FILE.py[:ARG,ARG=VALUE]     the run; `--config.stages[1].optimizer.learning_rate=1e-4` changes one setting
     --workdir DIR                        where everything goes
     --print_config                       show every setting and stop
+    --dry_run                            compile every stage for this machine, say whether it fits, and stop
 
 Verbs (`jaxvlm VERB --help` for each):
   chat       talk about an image with a trained model
@@ -32,6 +33,7 @@ Verbs (`jaxvlm VERB --help` for each):
   import     read a checkpoint of another project and save it as a jaxvlm model
   export     write a model as a folder that transformers, vLLM, LLaVA's code or PEFT load
   data       verify, inspect, count and convert data sets
+  plan       does it fit on v5e-256, h100-64, ..., and what will it cost? Without the hardware
   report     show a run's scores and make its report.html again
   doctor     what this machine has, and what to do about what is missing
 """
@@ -98,6 +100,7 @@ def train(argv: Sequence[str]) -> None:
     parser.add_argument("--config", required=True)
     parser.add_argument("--workdir")
     parser.add_argument("--print_config", action="store_true")
+    parser.add_argument("--dry_run", action="store_true")
     options, overrides = parser.parse_known_args(argv)
     strange = [arg for arg in overrides if not arg.startswith("--config.")]
     if strange:
@@ -105,6 +108,11 @@ def train(argv: Sequence[str]) -> None:
     config = load_config(options.config, overrides)
     if options.print_config:
         print(json.dumps(to_dict(config), indent=2))
+        return
+    if options.dry_run:
+        from jaxvlm.planner import dry_run, text
+
+        print(text(dry_run(config)))
         return
     if not options.workdir:
         raise ConfigError("Give --workdir, the folder for checkpoints, metrics and the report.")
@@ -260,6 +268,13 @@ def data(argv: Sequence[str]) -> None:
     raise SystemExit(run_verb(argv))
 
 
+def plan(argv: Sequence[str]) -> None:
+    """What a run will need and cost on devices that need not be there."""
+    from jaxvlm.planner import main as run_verb
+
+    raise SystemExit(run_verb(load_config, argv))
+
+
 def report(argv: Sequence[str]) -> None:
     """Show a run's scores and write its report.html again."""
     parser = argparse.ArgumentParser(prog="jaxvlm report", description=report.__doc__)
@@ -305,6 +320,7 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "import": import_checkpoint,
     "export": export,
     "data": data,
+    "plan": plan,
     "report": report,
     "doctor": doctor,
 }
