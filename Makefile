@@ -24,7 +24,7 @@ unexport PYTHONDONTWRITEBYTECODE
 unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow test-plan test-gpu lint format bench models notebook clean
+.PHONY: help setup quickstart test test-slow test-plan test-gpu lint format bench models plans notebook clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -73,6 +73,9 @@ models: $(TEST) ## docs/models.md anew: every family, and the error that its tes
 		$$(grep -l record_parity tests/test_*.py)
 	sort -o docs/parity.jsonl docs/parity.jsonl
 	$(BIN)/python docs/make_models.py
+
+plans: $(VENV)/.installed-test,plan-tpu,plan-gpu ## what docs/plans.json lacks, and the tables of docs/plans.md and docs/scaling.md (an hour from nothing)
+	$(BIN)/python docs/make_plans.py $(ARGS)
 
 notebook: $(TEST) ## make colab/*.ipynb from the .py beside it (seconds)
 	$(BIN)/jupytext --update --to ipynb colab/quickstart.py

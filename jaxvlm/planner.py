@@ -57,11 +57,17 @@ def main(load_config: Callable[[str, Sequence[str]], RunConfig], argv: Sequence[
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("--target", required=True, help="KIND-CHIPS, as in v5e-256")
     parser.add_argument("--stage", action="append", default=[], metavar="NAME", help="this stage alone (repeatable)")
-    parser.add_argument("--search", action="store_true", help="also the largest batch of each remat policy (more compiles)")
+    parser.add_argument(
+        "--search", action="store_true", help="also the largest batch of each remat policy (more compiles)"
+    )
     parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak to reckon hours with (default 0.4)")
-    parser.add_argument("--samples", type=int, default=0, help="samples of an epoch, where the file's name does not say")
+    parser.add_argument(
+        "--samples", type=int, default=0, help="samples of an epoch, where the file's name does not say"
+    )
     parser.add_argument("--tokens_per_sample", type=int, default=900, help="where rows are packed (default 900)")
-    parser.add_argument("--tiles_per_row", type=int, default=0, help="tile slots, where the config leaves them to the data")
+    parser.add_argument(
+        "--tiles_per_row", type=int, default=0, help="tile slots, where the config leaves them to the data"
+    )
     parser.add_argument("--out", metavar="FILE", help="write everything as JSON")
     options, overrides = parser.parse_known_args(argv)
     if strange := [arg for arg in overrides if not arg.startswith("--config.")]:
@@ -92,7 +98,9 @@ def plan_elsewhere(
         paths[0].write_text(json.dumps(request))
         command = [sys.executable, "-m", "jaxvlm.planner", *map(str, paths)]
         # The compilers write to stderr what they would like a machine with devices to know.
-        done = subprocess.run(command, env=environment(parsed, dict(os.environ)), stderr=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(
+            command, env=environment(parsed, dict(os.environ)), stderr=subprocess.PIPE, text=True, check=False
+        )
         if not paths[1].is_file():
             raise RuntimeError(f"The compiler's process ended with code {done.returncode}:\n{done.stderr[-4000:]}")
         report = json.loads(paths[1].read_text())
@@ -188,7 +196,7 @@ def plan_stage(config: RunConfig, number: int, target: Target, mesh: Mesh, assum
     entry["compile_seconds"] = round(seconds, 1)
     entry["parameters"] = plan.parameters(state)
     entry["flops"] = plan.step_flops(config, stage, state, tiles, assumed.tokens_per_sample)
-    exchanged = plan.exchanged(compiled, mesh)
+    exchanged = plan.exchanged(compiled, mesh, entry["length"])
     entry["sent"] = {}
     for each in exchanged:
         kinds = entry["sent"].setdefault("+".join(each.axes), {})
@@ -205,7 +213,10 @@ def times(entry: dict, config: RunConfig, number: int, target: Target, assumed: 
     """Lower bounds of a step's seconds, and hours at the assumed MFU."""
     chip, found = target.chip, entry["bytes"]
     flops = sum(entry["flops"].values())
-    bounds = {"compute": flops / target.devices / chip.flops, "memory": (found["arguments"] + found["outputs"]) / chip.bandwidth}
+    bounds = {
+        "compute": flops / target.devices / chip.flops,
+        "memory": (found["arguments"] + found["outputs"]) / chip.bandwidth,
+    }
     bounds |= {f"links over {axes}": seconds for axes, seconds in links.items()}
     steps, samples, samples_from = plan.stage_steps(config, config.stages[number], assumed)
     step = max(bounds["compute"] / assumed.mfu, *bounds.values())
@@ -218,7 +229,9 @@ def times(entry: dict, config: RunConfig, number: int, target: Target, assumed: 
     }
 
 
-def largest_batches(config: RunConfig, number: int, target: Target, mesh: Mesh, assumed: plan.Assumptions) -> dict[str, int]:
+def largest_batches(
+    config: RunConfig, number: int, target: Target, mesh: Mesh, assumed: plan.Assumptions
+) -> dict[str, int]:
     """For each remat policy the largest number of rows for data x fsdp that fits, in powers of two; 0 where none does."""
     shards, found = mesh.shape["data"] * mesh.shape["fsdp"], {}
     for remat in REMATS:
@@ -239,7 +252,9 @@ def largest_batches(config: RunConfig, number: int, target: Target, mesh: Mesh, 
 def text(report: dict[str, Any]) -> str:
     """The report for a terminal."""
     chip, assumed = report["chip"], report["assumptions"]
-    lines = [f"{report['config']} on {report['target']}: {report['devices']} devices, {chip['memory'] / GIB:.1f} GiB each"]
+    lines = [
+        f"{report['config']} on {report['target']}: {report['devices']} devices, {chip['memory'] / GIB:.1f} GiB each"
+    ]
     for stage in report["stages"]:
         lines += ["", *_stage_lines(stage, report)]
     lines += [

@@ -25,7 +25,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     Raises `ConfigError` when the axes do not multiply to the number of devices, or `data` not to that of slices.
     """
     devices = list(devices or jax.devices())
-    return Mesh(_arrange(devices, _sizes(config, len(devices)), config.slices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(
+        _arrange(devices, _sizes(config, len(devices)), config.slices), AXES, axis_types=(AxisType.Auto,) * len(AXES)
+    )
 
 
 def _sizes(config: MeshConfig, count: int) -> tuple[int, ...]:

@@ -11,7 +11,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
-BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64} | {f"{s}{n}": n for s in "su" for n in (4, 8, 16, 32, 64)}
+BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64} | {
+    f"{s}{n}": n for s in "su" for n in (4, 8, 16, 32, 64)
+}
 
 
 class Traffic(NamedTuple):
@@ -34,27 +36,29 @@ class _Op(NamedTuple):
     rest: str
 
 
-def traffic(hlo: str, mesh: Mesh) -> list[Traffic]:
+def traffic(hlo: str, mesh: Mesh, data_trips: int = 1) -> list[Traffic]:
     """Every array exchanged in a step of `compiled.as_text()`. Groups of one device are left out.
 
     A loop's body counts once a trip. An all-reduce of which every reader takes a slice counts as the reduce-scatter that it
-    is: XLA:TPU writes it so. Raises `ValueError` for groups of devices or a loop written in a way that is not known.
+    is: XLA:TPU writes it so. `data_trips` are those of a loop whose bound depends on the data, as in the loss, which goes
+    through the supervised tokens alone. Raises `ValueError` for groups of devices written in a way that is not known.
     """
     program = _computations(hlo)
-    times, found, channels = _times(program), [], set()
+    times, found, seen = _times(program, data_trips), [], set()
+    fused = {name for body in program.values() for op in body if op.opcode == "fusion" for name in _called(op)}
     for computation, body in program.items():
         for op in body:
             kind = op.opcode.removesuffix("-start")
             if kind not in KINDS or not (axes := _axes(op.rest, mesh)):
                 continue
-            if not times[computation]:
-                raise ValueError(f"How often a step runs {op.name} is not known: its loop's bound depends on the data.")
+            name = re.search(r'op_name="([^"]*)"', op.rest)
             # XLA:TPU writes an asynchronous one into the fusion that starts it, those that run beside it and that which ends it.
-            channel = re.search(r"channel_id=(\d+)", op.rest)
-            if channel and channel[1] in channels:
-                continue
-            channels |= {channel[1]} if channel else set()
-            group, name = math.prod(mesh.shape[axis] for axis in axes), re.search(r'op_name="([^"]*)"', op.rest)
+            if computation in fused:
+                same = (re.search(r"channel_id=\d*|$", op.rest)[0], name and name[1], *op.shapes)
+                if same in seen:
+                    continue
+                seen.add(same)
+            group = math.prod(mesh.shape[axis] for axis in axes)
             # The start of an asynchronous one has its operands before its results, an all-reduce apart.
             asynchronous = kind != op.opcode and kind != "all-reduce"
             results = op.shapes[op.arguments.count("%") :] if asynchronous else op.shapes
@@ -96,12 +100,12 @@ def _called(op: _Op) -> list[str]:
     return names + (re.findall(r"[\w.\-]+", branches[1]) if branches else [])
 
 
-def _times(program: dict[str, list[_Op]]) -> dict[str, int]:
+def _times(program: dict[str, list[_Op]], data_trips: int) -> dict[str, int]:
     """How often a step runs each computation. One that several places call counts as from the busiest of them."""
     callers: dict[str, list[tuple[str, int]]] = {}
     for computation, body in program.items():
         for op in body:
-            trips = _trips(program, op) if op.opcode == "while" else 1
+            trips = (_trips(program, op) or data_trips) if op.opcode == "while" else 1
             for name in _called(op):
                 callers.setdefault(name, []).append((computation, trips))
 
@@ -112,17 +116,19 @@ def _times(program: dict[str, list[_Op]]) -> dict[str, int]:
     return {computation: times(computation) for computation in program}
 
 
-def _trips(program: dict[str, list[_Op]], loop: _Op) -> int:
+def _trips(program: dict[str, list[_Op]], loop: _Op) -> int | None:
     """XLA:GPU writes them down; of XLA:TPU's loops the bound stands in the condition, and they count from 0.
 
-    0 where the bound depends on the data, as in the loss, which goes through the supervised tokens alone.
+    None where the bound depends on the data.
     """
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
         return int(known[1])
     condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)[1]
     bodies = [condition, *(name for op in program[condition] for name in _called(op))]
-    bounds = {op.arguments for body in bodies for op in program[body] if op.opcode == "constant" and op.arguments.isdigit()}
-    return int(bounds.pop()) if len(bounds) == 1 else 0
+    bounds = {
+        op.arguments for body in bodies for op in program[body] if op.opcode == "constant" and op.arguments.isdigit()
+    }
+    return int(bounds.pop()) if len(bounds) == 1 else None
 
 
 def _only_sliced(name: str, body: list[_Op]) -> bool:
@@ -131,7 +137,9 @@ def _only_sliced(name: str, body: list[_Op]) -> bool:
 
 
 def _axes(attributes: str, mesh: Mesh) -> tuple[str, ...]:
-    places = np.stack(np.unravel_index(_groups(attributes, mesh.size), mesh.devices.shape), axis=-1)  # [groups, n, axes]
+    places = np.stack(
+        np.unravel_index(_groups(attributes, mesh.size), mesh.devices.shape), axis=-1
+    )  # [groups, n, axes]
     moves = (places != places[:, :1]).any((0, 1))
     return tuple(axis for axis, differs in zip(mesh.axis_names, moves, strict=True) if differs)
 

@@ -6,6 +6,7 @@ The step is the one that `train.loop` runs: same function, optimiser, shardings 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import re
 import time
@@ -14,16 +15,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 from jax.sharding import Mesh
 
 from jaxvlm.config import ConfigError, MeshConfig, RunConfig, StageConfig
 from jaxvlm.data.instruction import instruction_fields
 from jaxvlm.data.packing import assemble
 from jaxvlm.data.tiles import tile_regions, tiling, tower_names
+from jaxvlm.kernels.cross_entropy import linear_cross_entropy
 from jaxvlm.models.vlm import VLM, abstract_params
-from jaxvlm.parallel.traffic import Traffic, traffic
 from jaxvlm.parallel.rules import batch_sharding
+from jaxvlm.parallel.traffic import Traffic, traffic
 from jaxvlm.train.flops import batch_flops, trainable_shares
 from jaxvlm.train.loop import state_shardings
 from jaxvlm.train.optimizer import make_optimizer
@@ -76,9 +77,7 @@ def abstract_batch(config: RunConfig, stage: StageConfig, tiles: int) -> dict[st
     else:
         for name, (size, _) in zip(tower_names("pixels", len(cut.views)), cut.views, strict=True):
             fields[name] = jax.ShapeDtypeStruct((tiles, size, size, 3), jnp.uint8)
-    return {
-        name: jax.ShapeDtypeStruct((stage.batch_size, *field.shape), field.dtype) for name, field in fields.items()
-    }
+    return {name: jax.ShapeDtypeStruct((stage.batch_size, *field.shape), field.dtype) for name, field in fields.items()}
 
 
 def stage_prompt(config: RunConfig, stage: StageConfig) -> Any:
@@ -118,7 +117,9 @@ def _placed(tree: Any, shardings: Any) -> Any:
 # ------------------------------------------------------------------------------------------------------ what is compiled
 
 
-def compile_step(config: RunConfig, stage: StageConfig, mesh: Mesh, tiles: int, platform: str) -> tuple[Any, TrainState]:
+def compile_step(
+    config: RunConfig, stage: StageConfig, mesh: Mesh, tiles: int, platform: str
+) -> tuple[Any, TrainState]:
     """The stage's compiled step for the devices of `mesh`, and the abstract state it takes.
 
     Raises `ConfigError` for rows or parameters that do not divide over the mesh, and jax's own error (RESOURCE_EXHAUSTED)
@@ -160,9 +161,10 @@ def _shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
-def exchanged(compiled: Any, mesh: Mesh) -> list[Traffic]:
-    """The collectives of a step, each with the trips of the loops around it."""
-    return traffic(compiled.as_text(), mesh)
+def exchanged(compiled: Any, mesh: Mesh, length: int) -> list[Traffic]:
+    """What devices exchange in a step. The loss is taken to go through all `length` tokens of a row."""
+    chunk = inspect.signature(linear_cross_entropy).parameters["chunk"].default
+    return traffic(compiled.as_text(), mesh, math.ceil(length / chunk))
 
 
 # ---------------------------------------------------------------------------------------------------- what is computed
@@ -198,11 +200,9 @@ def step_flops(config: RunConfig, stage: StageConfig, state: TrainState, tiles: 
     if not stage.cache_features:
         row["pixels"] = np.empty(0)
     if config.model.connector.reads_text:
-        row["qformer_mask"] = np.ones((1, tiles, stage_prompt(config, stage).qformer_length), bool)
+        row["qformer_mask"] = np.ones((tiles, stage_prompt(config, stage).qformer_length), bool)
     share = trainable_shares(flat(state.trainable), flat(state.frozen))
-    one = batch_flops(config.model, {name: value[None] for name, value in row.items() if name != "qformer_mask"} | {
-        name: row[name] for name in ("qformer_mask",) if name in row
-    }, share)
+    one = batch_flops(config.model, {name: value[None] for name, value in row.items()}, share)
     return {part: stage.batch_size * flops for part, flops in one.items()}
 
 
