@@ -92,7 +92,7 @@ while :; do
     69) say "the slices are gone; asking for new ones." ;;
     75 | "$SETUP")
       after=$(saved)
-      if [ "$after" = "$before" ]; then futile=$((futile + 1)); else futile=1; fi
+      if [ "$after" = "$before" ]; then futile=$((futile + 1)); else futile=0; fi
       before=$after
       [ "$futile" -lt "$retries" ] || finish "$code" "exit code $code, $futile times without a new checkpoint in $workdir. Giving up."
       say "exit code $code; again ($futile of $retries without a new checkpoint)." ;;

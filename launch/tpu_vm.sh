@@ -106,6 +106,7 @@ run() {  # a command, or with --dry-run its text as a shell reads it
   local word line=""
   if [ -z "$dry_run" ]; then "$@"; return; fi
   for word in "$@"; do
+    # shellcheck disable=SC2001  # the quoting of ${word//...} differs between versions of bash
     case $word in *[!A-Za-z0-9_./:=,+@%-]*) word="'$(sed "s/'/'\\\\''/g" <<<"$word")'" ;; esac
     line+=" $word"
   done
@@ -220,6 +221,9 @@ verdict() {  # the job's exit code from its workers' states in `code`; false whi
   else code=0; fi
 }
 
+# shellcheck disable=SC2016  # for the workers to expand
+ends='echo "== $(hostname)"; tail -n 40 jaxvlm-job/log'
+
 case $command in
   create) create ;;
   wait) wait_for_slices ;;
@@ -227,7 +231,7 @@ case $command in
   check) job --flags "$kind" --slices "$slices" --check -- "$@" ;;
   run) job --flags "$kind" --slices "$slices" --detach ../jaxvlm-job -- "$@" ;;
   logs) ssh_to "${nodes[$slice]}" "$worker" 'tail -n 200 -F jaxvlm-job/log' ;;
-  tail) on_all 'echo "== $(hostname)"; tail -n 40 jaxvlm-job/log' ;;
+  tail) on_all "$ends" ;;
   state) state ;;
   status) state && look ;;
   join) join ;;
