@@ -22,7 +22,9 @@ from collections.abc import Sequence
 Flags = dict[str, str]  # `name=value` to the reason
 
 VMEM = "MaxText, dense models on v6e: twice the default scratch memory, so larger blocks of a matmul stay on the chip"
-ALL_REDUCE = "MaxText, data parallel over slices: gradients are summed over the slow network while the backward pass goes on"
+ALL_REDUCE = (
+    "MaxText, data parallel over slices: gradients are summed over the slow network while the backward pass goes on"
+)
 CUBLAS = "MaxText on A3: cuBLAS matmuls; Triton's take long to tune and were slower"
 NEXT_LAYER = "JAX-Toolbox: fetch the next scanned layer's parameters during this one's compute"
 COMBINE = "MaxText, JAX-Toolbox: one large collective instead of many small ones"
