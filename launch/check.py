@@ -21,7 +21,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import jax
 import numpy as np
@@ -222,8 +221,10 @@ def all_reduce() -> str:
         reduce(values).block_until_ready()
         times.append(time.perf_counter() - began)
     seconds = sorted(times)[len(times) // 2]
-    bandwidth = 2 * (count - 1) / count * elements * 4 / seconds
-    return f"sum over {count} devices is right; {elements * 4 / 2**20:.0f} MiB in {seconds * 1e3:.1f} ms, {bandwidth / 1e9:.1f} GB/s a device"
+    size = elements * 4
+    bandwidth = 2 * (count - 1) / count * size / seconds
+    took = f"{size / 2**20:.0f} MiB in {seconds * 1e3:.1f} ms, {bandwidth / 1e9:.1f} GB/s a device"
+    return f"sum over {count} devices is right; {took}"
 
 
 def data(config: RunConfig) -> str:
