@@ -53,7 +53,7 @@ if [ -n "$dry_run" ]; then
   for command in state create wait install; do tpu "$command"; done
   tpu run -- "$@"
   tpu join
-  echo "gcloud storage ls ${workdir%/}/stages/**"
+  printf 'gcloud storage ls %q\n' "${workdir%/}/stages/**"
   tpu delete
   exit 0
 fi
@@ -62,17 +62,20 @@ tpu run --dry-run -- "$@" >/dev/null || exit 2
 SETUP=70  # something before the job failed, an API call or an ssh say: worth another try, but not for ever
 
 attempt() {  # the job, on slices that are there or new ones, to its end: its exit code, SETUP, or 69 when the slices went
-  local state
+  local state states
   state=$(tpu state) || return $SETUP
   if [ "$state" != ACTIVE ]; then
     [ "$state" = NONE ] || tpu delete || return $SETUP  # what a preemption leaves
     tpu create || return $SETUP
     tpu wait || return
   fi
-  if ! tpu status | grep -q '^running'; then
-    tpu install || return $SETUP
-    tpu run -- "$@" || return $SETUP
-  fi
+  states=$(tpu status) || return $SETUP
+  case $states in
+    *running*) ;;
+    *)
+      tpu install || return $SETUP
+      tpu run -- "$@" || return $SETUP ;;
+  esac
   tpu join
 }
 

@@ -187,8 +187,8 @@ job() {  # job.sh with these arguments on every worker; its directory is beside 
 }
 
 look() {  # what the job does on every worker, one line each
-  if [ -n "$dry_run" ]; then job --state ../jaxvlm-job; return; fi
-  job --state ../jaxvlm-job 2>/dev/null </dev/null
+  local text="if [ -e jaxvlm ]; then bash jaxvlm/launch/job.sh --state ../jaxvlm-job; else echo none; fi"
+  if [ -n "$dry_run" ]; then on_all "$text"; else on_all "$text" 2>/dev/null </dev/null; fi
 }
 
 join() {
