@@ -29,7 +29,11 @@ case "$1 $2 $3 $4" in
   *"queued-resources create") rm -rf "$LOGS"/homes/*; echo ACTIVE >"$state" ;;
   *"queued-resources delete") rm -f "$state" ;;
   *"tpu-vm scp") for w in 0 1; do mkdir -p "$LOGS/homes/${6%%:*}/$w"; cp "$5" "$LOGS/homes/${6%%:*}/$w/${6#*:}"; done ;;
-  *"tpu-vm ssh") for w in 0 1; do (export HOME=$LOGS/homes/$5/$w WORKER=$w; mkdir -p "$HOME" && cd "$HOME" && exec bash -c "$command") || exit; done ;;
+  *"tpu-vm ssh")
+    for w in 0 1; do
+      mkdir -p "$LOGS/homes/$5/$w"
+      (export HOME=$LOGS/homes/$5/$w WORKER=$w; cd "$HOME" && exec bash -c "$command") || exit
+    done ;;
   *) echo "gcloud: what is $*?" >&2; exit 99 ;;
 esac
 """

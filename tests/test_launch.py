@@ -267,8 +267,8 @@ def test_from_nothing_to_done(place):
 def test_a_preemption_and_a_75(place):
     """First the slices go while the job runs, then worker 1 asks to be run again, then it is done."""
     job = (
-        'n=$(cat "$LOGS/lives" 2>/dev/null | wc -l); [ "$WORKER" = 0 ] && echo life >>"$LOGS/lives"; '
-        'case $n in 0) sleep 0.2; echo SUSPENDED >"$LOGS/state"; sleep 0.5; exit 1 ;; '
+        'n=$(cat "$LOGS/lives" 2>/dev/null | wc -l); [ "$WORKER" = 0 ] && echo life >>"$LOGS/lives"; case $n in '
+        '0) touch "$HOME/here"; echo SUSPENDED >"$LOGS/state"; while [ -e "$HOME/here" ]; do sleep 0.05; done; exit 1 ;; '
         '1 | 2) [ "$WORKER" = 0 ] || { echo step_1 >>"$LOGS/saved"; exit 75; } ;; esac'
     )
     done = babysit(place, job)
@@ -298,10 +298,16 @@ def test_it_gives_up_without_progress(place):
 def test_started_again_it_takes_up_what_runs(place):
     for command in ("create", "install"):
         assert place.run("tpu_vm.sh", command, *TPU).returncode == 0
-    assert place.run("tpu_vm.sh", "run", *TPU, "--", *ODD, job="sleep 1; exit 0").returncode == 0
+    job = 'until [ -e "$LOGS/end" ]; do sleep 0.05; done; exit 0'
+    assert place.run("tpu_vm.sh", "run", *TPU, "--", *ODD, job=job).returncode == 0
     (place.logs / "gcloud").unlink()
-    done = babysit(place, "exit 9")
-    assert done.returncode == 0, done
+    process = place.start("babysit.sh", *TPU, "--poll", "0.1", "--", *ODD, job="exit 9")
+    while sum("--state" in " ".join(call) for call in place.noted("gcloud")) < 3:
+        assert process.poll() is None
+        time.sleep(0.05)
+    (place.logs / "end").touch()
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 0, out
     assert verbs(place) == ["delete"]
 
 
