@@ -86,7 +86,7 @@ def test_help(place, script):
 def test_bad_arguments_give_usage_and_2(place, script, arguments, says):
     done = place.run(script, *arguments)
     assert done.returncode == 2, done
-    assert says in done.stderr and "help" in done.stderr or "usage" in done.stderr or script == "install.sh"
+    assert says in done.stderr and ("help" in done.stderr or "usage" in done.stderr)
     assert not place.noted("gcloud") and not (place.logs / "arguments").exists()
 
 
@@ -150,6 +150,13 @@ def test_dry_run_of_a_babysitter(place):
     begin = [f"{queue} describe", f"{queue} create", f"{queue} describe", "bundle create", "tpu-vm scp"]
     assert calls == [*begin, ssh, ssh, ssh, "gs://bucket/llava run/stages/**", f"{queue} delete"]
     assert not place.noted("gcloud")
+
+
+def test_dry_run_of_an_installation(place):
+    lines = printed(place.run("install.sh", "--dry-run", "cuda13,data"))
+    assert [line[:2] for line in lines] == [["uv", "venv"], ["uv", "pip"], [".venv/bin/python", "-c"]]
+    assert lines[1][-1] == ".[cuda13,data]" and lines[2][2].startswith("import jaxvlm")
+    assert not place.noted("uv")
 
 
 def test_uncommitted_changes_are_not_left_behind(place):
