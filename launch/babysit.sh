@@ -64,11 +64,11 @@ SETUP=70  # something before the job failed, an API call or an ssh say: worth an
 attempt() {  # the job, on slices that are there or new ones, to its end: its exit code, SETUP, or 69 when the slices went
   local state states
   state=$(tpu state) || return $SETUP
-  if [ "$state" != ACTIVE ]; then
-    [ "$state" = NONE ] || tpu delete || return $SETUP  # what a preemption leaves
-    tpu create || return $SETUP
-    tpu wait || return
-  fi
+  case $state in
+    FAILED | SUSPEND*) tpu delete && tpu create || return $SETUP ;;  # what a preemption leaves
+    NONE) tpu create || return $SETUP ;;
+  esac  # else they are there, or on their way
+  [ "$state" = ACTIVE ] || tpu wait || return
   states=$(tpu status) || return $SETUP
   case $states in
     *running*) ;;

@@ -46,7 +46,7 @@ class CheckError(UserError):
 def main(argv: Sequence[str]) -> int:
     options, overrides = parse(argv)
     with patience(
-        options.timeout, "starting", "Start it on every worker, as tpu_vm.sh and srun do; open the ports between them."
+        options.timeout, "start", "Start it on every worker, as tpu_vm.sh and srun do; open the ports between them."
     ):
         start()
         jax.devices()
@@ -296,8 +296,8 @@ def round_trip(path: epath.Path, seed: int) -> str:
 
 
 def everything() -> Mesh:
-    """All devices along one axis."""
-    return jax.make_mesh((jax.device_count(),), ("all",), axis_types=(AxisType.Auto,))
+    """All devices along one axis, in jax's order: `jax.make_mesh` wants slices told apart."""
+    return Mesh(np.array(jax.devices()), ("all",), axis_types=(AxisType.Auto,))
 
 
 if __name__ == "__main__":

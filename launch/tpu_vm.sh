@@ -125,7 +125,7 @@ state() {  # ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED, ...; NONE if there is no 
 }
 
 ssh_to() {  # ssh_to NODE WORKERS COMMAND
-  run "${tpus[@]}" tpu-vm ssh "$1" "${where[@]}" "--worker=$2" ${ssh_flags[@]+"${ssh_flags[@]}"} "--command=$3"
+  run "${tpus[@]}" tpu-vm ssh "$1" "${where[@]}" --quiet "--worker=$2" ${ssh_flags[@]+"${ssh_flags[@]}"} "--command=$3"
 }
 
 on_all() {  # a command on every worker of every slice at once; fails if one fails
@@ -172,7 +172,7 @@ install() {
   bundle=${TMPDIR:-/tmp}/jaxvlm-$revision.bundle
   run git -C "$here/.." bundle create --quiet "$bundle" HEAD
   for node in "${nodes[@]}"; do
-    run "${tpus[@]}" tpu-vm scp "$bundle" "$node:jaxvlm.bundle" "${where[@]}" --worker=all ${ssh_flags[@]+"${ssh_flags[@]}"}
+    run "${tpus[@]}" tpu-vm scp "$bundle" "$node:jaxvlm.bundle" "${where[@]}" --quiet --worker=all ${ssh_flags[@]+"${ssh_flags[@]}"}
   done
   remote="git init -q jaxvlm && cd jaxvlm && git fetch -q ../jaxvlm.bundle HEAD && git checkout -q -f --detach $revision"
   remote+=" && bash launch/install.sh $extras"
@@ -218,6 +218,7 @@ verdict() {  # the job's exit code from its workers' states in `code`; false whi
   elif grep -q '^running' <<<"$1"; then return 1
   elif grep -qx 'none' <<<"$1"; then echo "error: no job was started on some workers: $(tr '\n' ' ' <<<"$1")" >&2; code=1
   elif grep -qx -e 'exit 75' -e died <<<"$1"; then code=75
+  elif [ "$(grep -cx 'exit 0' <<<"$1")" -lt "${#nodes[@]}" ]; then return 1  # an empty answer says nothing
   else code=0; fi
 }
 

@@ -107,10 +107,10 @@ def test_one_slice(place):
     bundle, copy, install = printed(place.run("tpu_vm.sh", "install", *TPU, "--setup", "mount 'a b'", "--dry-run"))
     revision = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=place.clone, text=True).strip()
     assert bundle[0] == "git" and bundle[-2:] == [copy[5], "HEAD"] and revision in copy[5]
-    assert copy[6:] == ["llava:jaxvlm.bundle", "--zone=us-west4-a", "--worker=all"]
+    assert copy[6:] == ["llava:jaxvlm.bundle", "--zone=us-west4-a", "--quiet", "--worker=all"]
     assert f"--detach {revision} && bash launch/install.sh tpu,data && {{ mount 'a b'; }}" in install[-1]
     [logs] = printed(place.run("tpu_vm.sh", "logs", *TPU, "--worker", "3", "--ssh-flag=--internal-ip", "--dry-run"))
-    assert logs[3:] == ["tpu-vm", "ssh", "llava", *where[:1], "--worker=3", "--internal-ip", logs[-1]]
+    assert logs[3:] == ["tpu-vm", "ssh", "llava", *where[:1], "--quiet", "--worker=3", "--internal-ip", logs[-1]]
     assert not place.noted("gcloud")
 
 
@@ -316,6 +316,18 @@ def test_started_again_it_takes_up_what_runs(place):
     out, _ = process.communicate(timeout=30)
     assert process.returncode == 0, out
     assert verbs(place) == ["delete"]
+
+
+def test_a_request_in_the_queue_keeps_its_place(place):
+    (place.logs / "state").write_text("WAITING_FOR_RESOURCES\n")
+    process = place.start("babysit.sh", *TPU, "--poll", "0.1", "--", *ODD, job="exit 0")
+    while len(place.noted("gcloud")) < 4:  # it looks, and looks again
+        assert process.poll() is None
+        time.sleep(0.05)
+    (place.logs / "state").write_text("ACTIVE\n")
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 0, out
+    assert verbs(place) == ["install", "run", "delete"]
 
 
 def test_join_wants_a_job(place):
