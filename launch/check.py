@@ -45,12 +45,11 @@ class CheckError(UserError):
 
 def main(argv: Sequence[str]) -> int:
     options, overrides = parse(argv)
-    with patience(
-        options.timeout, "start", "Start it on every worker, as tpu_vm.sh and srun do; open the ports between them."
-    ):
-        start()
-        jax.devices()
+    together = "Start it on every worker, as tpu_vm.sh and srun do; open the ports between them."
     try:
+        with patience(options.timeout, "start", together):
+            start()
+            jax.devices()
         config = load_config(options.config, overrides) if options.config else None
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -60,10 +59,7 @@ def main(argv: Sequence[str]) -> int:
     passed = [
         report("devices", lambda: devices(options, config), limit, "Look at every worker's own: jaxvlm doctor."),
         report(
-            "all-reduce",
-            all_reduce,
-            limit,
-            "Look at the network between the workers; on GPUs, NCCL_DEBUG=INFO tells more.",
+            "all-reduce", all_reduce, limit, "Look at the network between the workers, with NCCL_DEBUG=INFO on GPUs."
         ),
     ]
     if config:
@@ -101,8 +97,10 @@ def start() -> None:
         return
     try:
         jax.distributed.initialize()
-    except ValueError:  # how jax says that this is no cluster
-        pass
+    except ValueError as error:  # how jax says that this is no cluster
+        if "JAX_COORDINATOR_ADDRESS" in os.environ:
+            missing = "JAX_COORDINATOR_ADDRESS is set; set JAXVLM_NUM_PROCESSES and JAXVLM_PROCESS_ID too."
+            raise CheckError(missing) from error
 
 
 @contextmanager
@@ -165,7 +163,7 @@ def devices(options: argparse.Namespace, config: RunConfig | None) -> str:
     seen = (
         f"{jax.process_count()} process{'es' * (jax.process_count() > 1)}, {jax.device_count()} x {' and '.join(kinds)}"
     )
-    idle = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/nvidia[0-9]*")
+    idle = [path for kind in ("accel", "vfio/", "nvidia") for path in glob.glob(f"/dev/{kind}[0-9]*")]
     if jax.default_backend() == "cpu" and idle and os.environ.get("JAX_PLATFORMS") != "cpu":
         raise CheckError(f"jax uses the CPU, but there is {idle[0]}. `jaxvlm doctor` says what to install.")
     if options.processes not in (None, jax.process_count()):

@@ -79,9 +79,10 @@ eval "$setting"
 
 work() {
   child="" told=""
-  trap 'told=1; if [ -n "$forward" ]; then kill -TERM "$child"; fi' TERM
+  trap 'told=1; [ -z "$child" ] || [ -z "$forward" ] || kill -TERM "$child"' TERM
   "${command[@]}" &
   child=$!
+  [ -z "$told" ] || kill -TERM "$child"  # told before there was anybody to pass it on to
   [ -z "$detach" ] || echo "$child" >"$detach/pid"
   while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done  # a trapped signal ends `wait` early
   code=0

@@ -50,6 +50,10 @@ signal.signal(signal.SIGTERM, lambda *_: os.killpg(step.pid, signal.SIGTERM))
 sys.exit(max(step.wait(), int(os.environ.get("OTHERS", "0"))))
 """
 
+SCONTROL = """#!/usr/bin/env bash
+echo "$@" >>"$LOGS/scontrol"
+"""
+
 UV = """#!/usr/bin/env bash
 case $1 in venv) mkdir -p .venv/bin && cp "$LOGS/../bin/python3" .venv/bin/python ;; esac
 echo "$(printf '%q ' "$@")" >>"$LOGS/uv"
@@ -99,8 +103,3 @@ class Place:
     def arguments(self) -> list[str]:
         """What the main job was given."""
         return (self.logs / "arguments").read_text().splitlines()
-
-
-SCONTROL = """#!/usr/bin/env bash
-echo "$@" >>"$LOGS/scontrol"
-"""

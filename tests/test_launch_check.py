@@ -145,6 +145,12 @@ def test_a_check_that_hangs_ends_the_process():
     assert done.stdout == "FAIL  all-reduce  not done in 0.1 s. Look at the network.\n"
 
 
+def test_half_a_cluster_is_not_one_process(monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
+    done = subprocess.run([sys.executable, "launch/check.py"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "set JAXVLM_NUM_PROCESSES" in done.stderr
+
+
 def test_usage(capsys):
     for words in (["--bogus"], ["--config.seed=1"]):
         with pytest.raises(SystemExit) as stopped:
