@@ -1,16 +1,22 @@
 """The tokenizer's own chat template, against transformers' rendering of it and against our named templates."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
+import tiny
 from data_helpers import CHATML, LLAMA_3, byte_tokenizer, llama_tokenizer, record, tokenizer_kind, turns
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import jaxvlm
+from jaxvlm.config import EvalConfig
 from jaxvlm.data import DataError
+from jaxvlm.data.assets import toy
 from jaxvlm.data.conversation import IMAGE_TOKEN, Encoded, check_template, encode, prompt, render, stop_ids
 from jaxvlm.data.tokenizer import Tokenizer
+from jaxvlm.job import run
 from jaxvlm.templates import TEMPLATES, own_template
 from jaxvlm.weights.chat_templates import chat_template
 from jaxvlm.weights.hf_config import template_of
@@ -224,3 +230,26 @@ def test_an_import_takes_a_folders_own_template_where_none_is_like_it(tmp_path):
     assert template_of(tmp_path) == "tokenizer"
     (tmp_path / "chat_template.jinja").unlink()
     assert template_of(tmp_path) is None
+
+
+def test_a_run_with_the_tokenizers_own_template(tmp_path):
+    """Trained, saved and loaded: the model is prompted with exactly what stood before its answers in training."""
+    data, tokenizer = toy.write_dataset(tmp_path / "data"), toy.write_tokenizer(tmp_path / "tok")
+    (tokenizer / "chat_template.jinja").write_text(CHECKED)
+    config = tiny.run_config(data, tokenizer)
+    stage = dataclasses.replace(config.stages[1], steps=2)
+    own = dataclasses.replace(config.prompt, template="tokenizer")
+    run(dataclasses.replace(config, stages=(stage,), prompt=own, eval=EvalConfig()), tmp_path / "run")
+
+    example = json.loads((data / "instruct.json").read_text())[0]
+    ask, answer = example["conversations"][:2]
+    trained = Tokenizer(tokenizer)
+    encoded = encode({**example, "conversations": [ask, answer]}, trained, "tokenizer")
+    first = int(np.flatnonzero(encoded.weights)[0])
+    (tokenizer / "chat_template.jinja").write_text("")  # the saved model has its own
+    engine = jaxvlm.load(tmp_path / "run")
+    assert engine.prompt.template == "tokenizer" and engine.end_ids == (trained.eos_id,)
+    asked = [{"role": "user", "content": ask["value"]}]
+    np.testing.assert_array_equal(prompt(asked, engine.tokenizer, "tokenizer"), encoded.tokens[:first])
+    image = str(data / "images" / example["image"])
+    assert isinstance(engine.generate([{"messages": asked, "images": [image]}], max_new_tokens=2)[0], str)

@@ -94,11 +94,17 @@ def test_a_tokenizers_own_template_goes_along(saved, tmp_path):
     config, params = import_model(saved("llava")[0])
     source = tokenizer_folder(tmp_path / "tok")
     settings = json.loads((source / "tokenizer_config.json").read_text())
-    (source / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": "{{ messages }} of its own"}))
+    own = "{{ bos_token }}{% for m in messages %}{{ m.role + ': ' + m.content | trim + eos_token }}{% endfor %}"
+    (source / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": own}))
     (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
     prompt = PromptConfig(tokenizer=str(source), template="tokenizer")
     out = export(params, config, prompt, tmp_path / "model")
-    assert (out / "chat_template.jinja").read_text() == "{{ messages }} of its own"
+    texts = [{"role": "user", "content": "<image>\nWhat is it?"}, {"role": "assistant", "content": "It"}]
+    parts = [{"type": "text", "text": "What is it?"}, {"type": "image"}]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    for messages in (texts, [texts[0] | {"content": parts}, texts[1]]):
+        said = tokenizer.apply_chat_template(messages, tokenize=False)
+        assert said == "<s>user: <image>\nWhat is it?</s>assistant: It</s>"
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [2, 7, 9]
     assert prompt_from(out).template == "tokenizer"
 

@@ -136,11 +136,11 @@ class RowReader:
         rest = {"tile_mask": mask} | tile_regions(tiling, [plan for *_, plan in images], slots)
         tile = 0
         if self.features is not None:
-            arrays = [_features(array) for array in self.features]
-            made = [np.zeros((slots, *array.shape[1:]), array.dtype) for array in arrays]
+            towers = [_features(array) for array in self.features]
+            made = [np.zeros((slots, *array.shape[1:]), array.dtype) for array in towers]
             for _, source, name, plan in images:
                 first = self.feature_rows[source][name]
-                for tiles, array in zip(made, arrays, strict=True):
+                for tiles, array in zip(made, towers, strict=True):
                     tiles[tile : tile + plan.tiles] = array[first : first + plan.tiles]
                 tile += plan.tiles
             return dict(zip(tower_names("features", len(made)), made, strict=True)) | rest

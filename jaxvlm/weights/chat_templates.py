@@ -9,6 +9,14 @@ import json
 
 from jaxvlm.templates import TEMPLATES
 
+# What a message `m` says, as `text`: of a list of parts the images first.
+_TEXT = (
+    "{% set text %}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}{{ '<image>\\n' }}{% endif %}{% endfor %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}"
+    "{% endif %}{% endset %}"
+)
+
 
 def chat_template(name: str, layout: str = "llava") -> str:
     """Jinja source that renders messages (strings, or lists of text and image parts) like the named template.
@@ -24,17 +32,11 @@ def chat_template(name: str, layout: str = "llava") -> str:
     before, after = (t.system_format or "{}").split("{}")
     system = f"{{% if system %}}{say(before)}{{{{ system }}}}{say(after)}{{% endif %}}"
     inside, outside = (system, "") if t.system_inside else ("", system)
-    text = (
-        "{% set text %}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
-        "{% for c in m['content'] %}{% if c['type'] == 'image' %}" + say("<image>\n") + "{% endif %}{% endfor %}"
-        "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}"
-        "{% endif %}{% endset %}"
-    )
     words = "text.replace('<image>', '').strip()"
     first = ""
     if layout == "prismatic":
         count = "{{ '<image>' * text.count('<image>') }}"
-        first = f"{{% for m in messages %}}{{% if m['role'] == 'user' %}}{text}{count}{{% endif %}}{{% endfor %}}"
+        first = f"{{% for m in messages %}}{{% if m['role'] == 'user' %}}{_TEXT}{count}{{% endif %}}{{% endfor %}}"
         images, question = "", f"{{{{ {words} }}}}"
     elif t.style == "bare":
         images, question = "{{ '<image>' * text.count('<image>') }}", f"{{{{ {words} }}}}"
@@ -48,8 +50,22 @@ def chat_template(name: str, layout: str = "llava") -> str:
         f"{{% set system = {json.dumps(t.system)} %}}"
         "{% if messages and messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}"
         "{% set messages = messages[1:] %}{% endif %}"
-        f"{say(t.start)}{first}{outside}{{% for m in messages %}}{text}{{% if m['role'] == 'user' %}}{images}"
+        f"{say(t.start)}{first}{outside}{{% for m in messages %}}{_TEXT}{{% if m['role'] == 'user' %}}{images}"
         f"{{% if loop.first %}}{say(t.user)}{inside}{{% else %}}{say(t.between + t.user)}{{% endif %}}"
         f"{question}{say(t.ask)}"
         f"{{% else %}}{say(t.lead)}{answer}{say(t.end + t.after)}{{% endif %}}{{% endfor %}}"
+    )
+
+
+def taking_parts(template: str) -> str:
+    """A tokenizer's own chat template such that messages may be lists of text and image parts, as servers send them.
+
+    One that knows of images takes such lists already. To another they are given as texts, images first.
+    """
+    if "image" in template:
+        return template
+    return (
+        "{% set said = namespace(messages=[]) %}{% for m in messages %}"
+        f"{_TEXT}{{% set said.messages = said.messages + [dict(m, content=text)] %}}"
+        "{% endfor %}{% set messages = said.messages %}" + template
     )

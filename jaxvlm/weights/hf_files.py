@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxvlm.config import LLMConfig, ModelConfig, PromptConfig, VisionConfig
 from jaxvlm.templates import OWN, TEMPLATES, own_template
-from jaxvlm.weights.chat_templates import chat_template
+from jaxvlm.weights.chat_templates import chat_template, taking_parts
 from jaxvlm.weights.families import describe_decoder
 from jaxvlm.weights.families.hf_towers import HF_ACTIVATIONS, describe_tower
 from jaxvlm.weights.families.llava import PINPOINTS
@@ -118,7 +118,8 @@ def write_configs(
     }
     write(out / "processor_config.json", processor)
     if prompt.template == OWN:
-        (out / "chat_template.jinja").write_text(own_template(Path(prompt.tokenizer)) or "", encoding="utf-8")
+        own = own_template(Path(prompt.tokenizer)) or ""
+        (out / "chat_template.jinja").write_text(taking_parts(own), encoding="utf-8")
     elif TEMPLATES[prompt.template].style != "plain":
         (out / "chat_template.jinja").write_text(chat_template(prompt.template, prompt.layout), encoding="utf-8")
 

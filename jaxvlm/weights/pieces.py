@@ -53,7 +53,7 @@ def model_pieces(
                 pieces += part_pieces(where, part, getattr(model, part))
             continue
         mine = names.get(place, {}) | (strays if place == "llm" else {})
-        pieces.append(_piece(source, _canonical(source, family, mine), place, family, config_at(model, place)))
+        pieces.append(Piece(place, family, config_at(model, place), source, _canonical(source, family, mine)))
     return pieces
 
 
@@ -78,13 +78,13 @@ def part_pieces(path: str | Path, part: str, config: Any = None) -> list[Piece]:
     source = open_source(found.path)
     if found.part == part:
         names = _canonical(source, found.families[part], {name: name for name in source.names()})
-        return [_checked(path, _piece(source, names, part, found.families[part], found.config), wanted)]
+        return [_checked(path, Piece(part, found.families[part], found.config, source, names), wanted)]
     names = _by_place(source, found.format.split_name)[0]
     pieces = []
     for place, family in found.families.items():
         if place.partition("/")[0] == part:
             mine = _canonical(source, family, names.get(place, {}))
-            piece = _piece(source, mine, place, family, config_at(found.config, place))
+            piece = Piece(place, family, config_at(found.config, place), source, mine)
             pieces.append(_checked(path, piece, None if wanted is None else config_at(wanted, place, part)))
     return pieces
 
@@ -119,11 +119,11 @@ def connector_piece(path: str | Path, model: ModelConfig | None) -> Piece:
 
     best, own = max(FORMATS, key=fitting), _canonical(source, family, {name: name for name in source.names()})
     if not fitting(best) and _keys(family) & own.keys():  # of a model that is not supported as a whole (Qwen-VL)
-        return _piece(source, own, "connector", family, model)
+        return Piece("connector", family, model, source, own)
     names, strays = _by_place(source, best.split_name)
     alone = set(names) <= {"connector"}
     mine = _canonical(source, family, names.get("connector", {}) | (strays if alone else {}))
-    return _piece(source, mine, "connector", family, model)
+    return Piece("connector", family, model, source, mine)
 
 
 def projector_config(path: str | Path) -> ConnectorConfig:
@@ -139,10 +139,6 @@ def projector_config(path: str | Path) -> ConnectorConfig:
 
 def _keys(family: Family) -> set[str]:
     return {name for rule in family.rules for name in rule.names}
-
-
-def _piece(source: TensorSource, names: Names, place: str, family: Family, config: Any) -> Piece:
-    return Piece(place, family, config, source, names)
 
 
 def _by_place(source: TensorSource, split: Callable[[str], tuple[str, str] | None]) -> tuple[dict[str, Names], Names]:
