@@ -21,6 +21,7 @@ say() { echo "$(date -u +%H:%M:%S) babysit: $1"; }
 
 retries=5 poll=60 keep="" dry_run="" options=()
 while [ $# -gt 0 ]; do
+  case $1 in --retries=* | --poll=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; esac
   case $1 in
     -h | --help) usage; exit 0 ;;
     --retries) [ $# -gt 1 ] || die "$1 needs a value."; retries=$2; shift ;;
@@ -47,13 +48,14 @@ esac
 
 tpu() { local command=$1; shift; "$here/tpu_vm.sh" "$command" ${options[@]+"${options[@]}"} "$@"; }
 
-saved() { gcloud storage ls "${workdir%/}/stages/**" 2>/dev/null || true; }
+steps=${workdir%/}/stages/*/checkpoints/  # a folder for each saved step
+saved() { gcloud storage ls "$steps" 2>/dev/null || true; }
 
 if [ -n "$dry_run" ]; then
   for command in state create wait install; do tpu "$command"; done
   tpu run -- "$@"
   tpu join
-  printf 'gcloud storage ls %q\n' "${workdir%/}/stages/**"
+  printf 'gcloud storage ls %q\n' "$steps"
   tpu delete
   exit 0
 fi

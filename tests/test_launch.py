@@ -148,7 +148,7 @@ def test_dry_run_of_a_babysitter(place):
     calls = [" ".join(line[3:5]) for line in lines]
     ssh, queue = "tpu-vm ssh", "queued-resources"
     begin = [f"{queue} describe", f"{queue} create", f"{queue} describe", "bundle create", "tpu-vm scp"]
-    assert calls == [*begin, ssh, ssh, ssh, "gs://bucket/llava run/stages/**", f"{queue} delete"]
+    assert calls == [*begin, ssh, ssh, ssh, "gs://bucket/llava run/stages/*/checkpoints/", f"{queue} delete"]
     assert not place.noted("gcloud")
 
 
@@ -296,7 +296,7 @@ def test_an_error_ends_it(place):
 
 
 def test_it_gives_up_without_progress(place):
-    done = babysit(place, "exit 75", "--retries", "3")
+    done = babysit(place, "exit 75", "--retries=3")
     assert done.returncode == 75
     assert "3 times without a new checkpoint" in done.stdout
     assert verbs(place).count("run") == 3 and verbs(place).count("create") == 1
