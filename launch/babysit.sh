@@ -48,7 +48,7 @@ esac
 
 tpu() { local command=$1; shift; "$here/tpu_vm.sh" "$command" ${options[@]+"${options[@]}"} "$@"; }
 
-steps=${workdir%/}/stages/*/checkpoints/  # a folder for each saved step
+steps="${workdir%/}/stages/*/checkpoints/"  # a folder for each saved step
 saved() { gcloud storage ls "$steps" 2>/dev/null || true; }
 
 if [ -n "$dry_run" ]; then
