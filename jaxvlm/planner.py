@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxvlm.config import ConfigError, RunConfig, build, to_dict
+from jaxvlm.job import peak_memory_bytes
 from jaxvlm.parallel.mesh import make_mesh
 from jaxvlm.parallel.plan_targets import (
     GIB,
@@ -165,7 +165,7 @@ def plan_run(
     return {"config": config.name, "target": target.name, "devices": target.devices, "chip": chip, "stages": made} | {
         "assumptions": assumed._asdict(),
         "jax": jax.__version__,
-        "host_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "host_memory": peak_memory_bytes(),
     }
 
 

@@ -251,6 +251,23 @@ def test_a_batch_that_does_not_divide_is_told(capsys):
         planner.dry_run(load_config(f"{CONFIGS}/llava15.py:tiny", [*overrides, "--config.stages[0].batch_size=8"]))
 
 
+def test_the_search_ends_at_the_last_batch_that_fits(monkeypatch):
+    """Where each policy holds another number of rows; every one is tried once, from below."""
+    room, tried = {"none": 0, "dots": 3, "full": 1000}, []
+
+    def fits(config, number, *_):
+        rows = config.stages[number].batch_size // 4
+        tried.append((config.model.remat, rows))
+        return {"fits": rows <= room[config.model.remat]}
+
+    monkeypatch.setattr(planner, "plan_stage", fits)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), jax.devices())
+    config = load_config(f"{CONFIGS}/llava15.py:tiny")
+    found = planner.largest_batches(config, 1, parse_target("h100-8"), mesh, plan.Assumptions())
+    assert found == {"none": 0, "dots": 2, "full": planner.MOST_ROWS}
+    assert tried[:4] == [("none", 1), ("dots", 1), ("dots", 2), ("dots", 4)]
+
+
 def test_text_says_what_is_fact_and_what_is_estimate(report):
     said = planner.text(report)
     assert "Stage align" in said and "Stage instruct" in said and "fits" in said
