@@ -33,7 +33,7 @@ SCALING += [("v5p", 8, 1), ("v5p", 64, 1), ("v5p", 512, 1)]
 
 
 def main(argv: list[str]) -> None:
-    kept = json.loads(KEPT.read_text()) if KEPT.is_file() else {}
+    kept = read()
     jobs = [(f"{name} | {target}", MODELS[name], target, ()) for target in TARGETS for name in MODELS]
     for chip, count, data in SCALING:
         mesh = [f"--config.stages[1].batch_size={ROWS * count}", f"--config.mesh.data={data}"]
@@ -46,11 +46,17 @@ def main(argv: list[str]) -> None:
         report = plan_elsewhere(
             load_config(str(ROOT / "configs" / spec), overrides), target, Assumptions(), ("instruct",)
         )
-        kept[key] = report | {"seconds": round(time.perf_counter() - start, 1)}
+        kept = read() | {
+            key: report | {"seconds": round(time.perf_counter() - start, 1)}
+        }  # another one may be at it too
         print(f"{key}: {kept[key]['seconds']} s", flush=True)
         KEPT.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
     write(ROOT / "docs" / "plans.md", "plans", plans_table(kept))
     write(ROOT / "docs" / "scaling.md", "scaling", scaling_table(kept))
+
+
+def read() -> dict:
+    return json.loads(KEPT.read_text()) if KEPT.is_file() else {}
 
 
 def write(path: Path, name: str, table: str) -> None:
@@ -87,7 +93,7 @@ def plans_table(kept: dict) -> str:
                 f"{found['temporaries'] / GIB:.2f}",
                 f"{found['peak'] / GIB:.1f} of {s['limit'] / GIB:.1f}",
                 f"{1 - found['peak'] / s['limit']:.0%}" + ("" if s["fits"] else " (does not fit)"),
-                f"{sent(s):.1f}",
+                f"{sent(s):.1f}" if s["sent"] else "not read",
                 f"{max(s['bounds'].values()):.3f} ({max(s['bounds'], key=s['bounds'].get)})",
                 f"{s['step_seconds']:.2f}",
                 f"{s['samples_per_second']:.0f}",

@@ -196,8 +196,13 @@ def plan_stage(config: RunConfig, number: int, target: Target, mesh: Mesh, assum
     entry["compile_seconds"] = round(seconds, 1)
     entry["parameters"] = plan.parameters(state)
     entry["flops"] = plan.step_flops(config, stage, state, tiles, assumed.tokens_per_sample)
-    exchanged = plan.exchanged(compiled, mesh, entry["length"])
-    entry["sent"] = {}
+    entry["sent"], exchanged = {}, []
+    try:
+        exchanged = plan.exchanged(compiled, mesh, entry["length"])
+    except jax.errors.JaxRuntimeError as error:  # libtpu may write what an older jaxlib cannot read
+        entry["unread"] = (
+            f"jaxlib cannot read the program that this compiler wrote, so collectives are not counted: {error}"
+        )
     for each in exchanged:
         kinds = entry["sent"].setdefault("+".join(each.axes), {})
         kinds[each.kind] = kinds.get(each.kind, 0) + each.times * each.wire_bytes
@@ -295,7 +300,7 @@ def _stage_lines(stage: dict[str, Any], report: dict[str, Any]) -> list[str]:
         f"  model FLOPs {sum(flops.values()):.3g} a step ("
         + ", ".join(f"{name} {value / sum(flops.values()):.1%}" for name, value in flops.items())
         + ")",
-        f"  sent/device {named or 'nothing'}",
+        f"  sent/device {named or stage.get('unread', 'nothing')}",
         f"  step, s     at least {max(stage['bounds'].values()):.3f} ({bounds}); {stage['step_seconds']:.3f} reckoned",
     ]
     if stage["steps"]:
