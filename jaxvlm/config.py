@@ -299,18 +299,28 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with a warmed-up schedule, as in the LLaVA scripts (recipes §1.3 D2-D3)."""
+    """AdamW with a warmed-up schedule, as in the LLaVA scripts (recipes §1.3 D2-D3), unless it says otherwise.
 
-    name: str = "adamw"
+    Groups are (parameter pattern, factor); the first pattern that matches wins, and what none matches has factor 1.
+    """
+
+    name: str = "adamw"  # adamw | adafactor | lion | sgd (see docs/training.md)
     learning_rate: float = 2e-5
-    betas: tuple[float, ...] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    betas: tuple[float, float] = (
+        0.9,
+        0.999,
+    )  # sgd's momentum is the first; Adafactor and sgd leave it out where it is 0
+    eps: float = 1e-8  # AdamW's
+    moment_dtype: str = "float32"  # of the first moment: float32 | bfloat16
+    weight_decay: float = 0.0  # decoupled, in every optimiser; never of biases and norms
+    weight_decay_scales: tuple[tuple[str, float], ...] = ()
     clip_norm: float | None = None
     schedule: str = "cosine"  # cosine | linear | constant
     warmup_ratio: float = 0.03
     warmup_rounding: str = "ceil"  # ceil (LLaVA, HF) | floor (Prismatic)
-    learning_rate_scales: tuple[tuple[str, float], ...] = ()  # (parameter pattern, factor); the first match wins
+    learning_rate_scales: tuple[tuple[str, float], ...] = ()
+    ema_decay: float = 0.0  # > 0: the stage's result is this moving average of its parameters
+    offload: bool = False  # keep moments and average in the host's memory between steps
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,8 @@ def check_disk(params: dict, config: RunConfig, workdir: Path) -> None:
     """Fails before the first step, not after the last, when the disk cannot hold what will be written."""
     need = nbytes(params)
     for stage in config.stages:
-        need += config.checkpoint.keep * 3 * nbytes(split(params, stage.trainable)[0])
+        copies = 3 + bool(stage.optimizer.ema_decay)  # parameters, two moments, an average
+        need += config.checkpoint.keep * copies * nbytes(split(params, stage.trainable)[0])
     free = shutil.disk_usage(existing_parent(workdir)).free
     if free < need:
         raise CheckpointError(
