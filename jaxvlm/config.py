@@ -229,7 +229,7 @@ class ModelConfig:
     connector: ConnectorConfig = field(default_factory=ConnectorConfig)
     llm: LLMConfig = field(default_factory=LLMConfig)
     dtype: str = "bfloat16"  # compute dtype; trainable parameters are float32 masters
-    remat: str = "full"  # none | dots | full: what the backward pass recomputes, in both towers
+    remat: str = "full"  # none | dots | offload | attention | full: what is recomputed for gradients, in both towers
 
     @property
     def tile_tokens(self) -> int:
@@ -366,6 +366,15 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class LogConfig:
+    """What a run tells while it trains, beside the line on the terminal (docs/training.md says what the numbers are)."""
+
+    every_steps: int = 1  # lines of metrics.jsonl
+    to: tuple[str, ...] = ()  # also to: tensorboard, wandb
+    profile_steps: tuple[int, ...] = ()  # (first, last): trace these steps of every stage with jax.profiler
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """Evaluation after training: a VQA file of question records (see `jaxvlm.evals.tasks`)."""
 
@@ -394,7 +403,7 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    log_every_steps: int = 1
+    log: LogConfig = field(default_factory=LogConfig)
 
 
 # ------------------------------------------------------------------------------------------------- building from dicts

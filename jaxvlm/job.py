@@ -42,7 +42,7 @@ from jaxvlm.weights.saved import CheckpointError, existing_parent, save_model, w
 
 PARTS = ("vision", "connector", "llm")
 # Settings that may change between a run and its continuation without changing what is learnt.
-FREE = ("config.log_every_steps", "config.checkpoint.", "config.mesh.", "config.eval.", "config.name")
+FREE = ("config.log.", "config.checkpoint.", "config.mesh.", "config.eval.", "config.name")
 FREE += ("config.description", "config.expected")
 
 
@@ -106,6 +106,7 @@ def opening(config: RunConfig, workdir: Path) -> str:
     if config.expected:
         lines.append(f"Expect {config.expected}.")
     lines.append(f"Everything goes to {workdir}; run the same command again to continue after an interruption.")
+    lines.append(f"Compiled programs are kept in {jax.config.jax_compilation_cache_dir}, so that the next start is quicker.")
     return "\n".join(lines)
 
 
@@ -180,7 +181,7 @@ def run_stage(
     if number == 0 and config.init.connector_start == "ridge":
         params = ridge_start(config.model, params, data)
     directory = workdir / "stages" / f"{number}_{stage.name}"
-    return train_stage(stage, config.model, params, data, mesh, directory, config.checkpoint, config.log_every_steps)
+    return train_stage(stage, config.model, params, data, mesh, directory, config.checkpoint, config.log)
 
 
 def stage_loader(
@@ -268,7 +269,7 @@ def finish(
         peak_memory_bytes=peak_memory_bytes(),
         config=json.loads((workdir / "config.json").read_text()),
         devices=[device.device_kind for device in jax.devices()],
-        facts={"MFU is relative to": peak_flops()[1]},
+        facts=facts(workdir),
     )
     print("\n" + report.terminal_table(made))
     if made["samples"]:
@@ -278,6 +279,13 @@ def finish(
         f"Open {workdir / 'report.html'} in a browser, or talk to the model:\n  jaxvlm chat --run {workdir}"
     )
     return made
+
+
+def facts(workdir: Path) -> dict[str, str]:
+    """What the report says beside its tables."""
+    entries = read_metrics(workdir / "metrics.jsonl")
+    share = f"{entries[-1]['goodput']:.0%} of the time from the first start of training to its last step" if entries else "-"
+    return {"MFU is relative to": peak_flops()[1], "Useful steps took": share}
 
 
 def run_config(workdir: Path) -> RunConfig:

@@ -23,6 +23,7 @@ The main job, every stage and then the evaluation, resumed where it stopped if i
   python -m jaxvlm.main --config configs/quickstart.py --workdir runs/quickstart
     --config FILE.py[:ARG,ARG=VALUE]     the run; `--config.stages[1].optimizer.learning_rate=1e-4` changes one setting
     --workdir DIR                        where everything goes
+    --profile_steps A:B                  trace these steps of every stage, to look at with xprof
     --print_config                       show every setting and stop
 
 Verbs (`jaxvlm VERB --help` for each):
@@ -98,10 +99,16 @@ def train(argv: Sequence[str]) -> None:
     parser.add_argument("--config", required=True)
     parser.add_argument("--workdir")
     parser.add_argument("--print_config", action="store_true")
+    parser.add_argument("--profile_steps", metavar="A:B")
     options, overrides = parser.parse_known_args(argv)
     strange = [arg for arg in overrides if not arg.startswith("--config.")]
     if strange:
         raise ConfigError(f"Unknown argument '{strange[0]}'. `jaxvlm --help` lists what there is.")
+    if options.profile_steps:
+        first, _, last = options.profile_steps.partition(":")
+        if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+            raise ConfigError(f"--profile_steps takes FIRST:LAST, as in --profile_steps 10:14, not '{options.profile_steps}'.")
+        overrides.append(f"--config.log.profile_steps=({first}, {last})")
     config = load_config(options.config, overrides)
     if options.print_config:
         print(json.dumps(to_dict(config), indent=2))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxvlm.config import CheckpointConfig, ConfigError, ModelConfig, StageConfig
+from jaxvlm.config import CheckpointConfig, ConfigError, LogConfig, ModelConfig, StageConfig
 from jaxvlm.data.loader import Loader
 from jaxvlm.models.vlm import VLM, logical_axes
 from jaxvlm.parallel.rules import param_shardings, put_batch
@@ -40,7 +40,7 @@ def train_stage(
     mesh: Mesh,
     directory: Path,
     checkpoints: CheckpointConfig,
-    log_every: int = 1,
+    log: LogConfig = LogConfig(),
 ) -> tuple[dict, StageResult]:
     """Trains `stage` from `params`, or from its newest checkpoint in `directory`; returns the new parameters.
 
@@ -80,11 +80,11 @@ def train_stage(
         out_shardings=(shardings, None),
     )
     metrics_path = directory.parent.parent / "metrics.jsonl"
-    meter = Meter(stage, model_config, state, num_steps, start, metrics_path, log_every, loader.stats())
+    meter = Meter(stage, model_config, state, num_steps, start, metrics_path, log, loader.stats())
 
     # Loop --------------------------------------------------------------------------------------------------------
     with explain_full_disk(directory), contextlib.closing(saver), contextlib.closing(meter), _signals() as received:
-        for step, batch in enumerate(loader.batches(start), start + 1):
+        for step, batch in meter.batches(loader.batches(start)):
             state, metrics = step_fn(state, put_batch(batch, mesh))
             meter.add(step, batch, metrics)
             if step % checkpoints.every_steps == 0 or step == num_steps or received:

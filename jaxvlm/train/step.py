@@ -40,6 +40,8 @@ def loss_sums(
     return loss, {
         "source_loss": jax.ops.segment_sum(nll.reshape(-1), sources, num_sources + 1)[:-1],
         "source_tokens": jax.ops.segment_sum(supervised.reshape(-1).astype(jnp.float32), sources, num_sources + 1)[:-1],
+        "tokens": jnp.sum(batch["segment_ids"] > 0),
+        "images": jnp.sum(batch["tile_mask"]) if "tile_mask" in batch else jnp.int32(0),
     }
 
 
