@@ -106,7 +106,9 @@ def opening(config: RunConfig, workdir: Path) -> str:
     if config.expected:
         lines.append(f"Expect {config.expected}.")
     lines.append(f"Everything goes to {workdir}; run the same command again to continue after an interruption.")
-    lines.append(f"Compiled programs are kept in {jax.config.jax_compilation_cache_dir}, so that the next start is quicker.")
+    lines.append(
+        f"Compiled programs are kept in {jax.config.jax_compilation_cache_dir}, so that the next start is quicker."
+    )
     return "\n".join(lines)
 
 
@@ -284,7 +286,11 @@ def finish(
 def facts(workdir: Path) -> dict[str, str]:
     """What the report says beside its tables."""
     entries = read_metrics(workdir / "metrics.jsonl")
-    share = f"{entries[-1]['goodput']:.0%} of the time from the first start of training to its last step" if entries else "-"
+    share = (
+        f"{entries[-1]['goodput']:.0%} of the time from the first start of training to its last step"
+        if entries
+        else "-"
+    )
     return {"MFU is relative to": peak_flops()[1], "Useful steps took": share}
 
 

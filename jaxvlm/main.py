@@ -86,6 +86,8 @@ def prepare_jax() -> None:
 
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+        # Small programs too: a start of the tiny quickstart has dozens of them.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     absl_logging.set_verbosity(absl_logging.ERROR)
     logging.getLogger("absl").setLevel(logging.ERROR)
 
@@ -107,7 +109,9 @@ def train(argv: Sequence[str]) -> None:
     if options.profile_steps:
         first, _, last = options.profile_steps.partition(":")
         if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
-            raise ConfigError(f"--profile_steps takes FIRST:LAST, as in --profile_steps 10:14, not '{options.profile_steps}'.")
+            raise ConfigError(
+                f"--profile_steps takes FIRST:LAST, as in --profile_steps 10:14, not '{options.profile_steps}'."
+            )
         overrides.append(f"--config.log.profile_steps=({first}, {last})")
     config = load_config(options.config, overrides)
     if options.print_config:

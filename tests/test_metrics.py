@@ -41,9 +41,12 @@ def result(ready=True):
     return {"loss": loss, "grad_norm": 1.0, "supervised_tokens": 4, "tokens": 3, "images": 0}
 
 
-def meter(path, start=0, num_steps=10, optimizer=OptimizerConfig(schedule="constant", warmup_ratio=0.0), **log):
+def meter(path, start=0, num_steps=10, groups=(), **log):
+    optimizer = OptimizerConfig(learning_rate=0.5, schedule="constant", warmup_ratio=0.0, learning_rate_scales=groups)
     stage = StageConfig(name="one", optimizer=optimizer)
-    state = SimpleNamespace(trainable={"connector": {"kernel": np.ones((2, 2))}}, frozen={"llm": {"kernel": np.ones(3)}})
+    state = SimpleNamespace(
+        trainable={"connector": {"kernel": np.ones((2, 2))}}, frozen={"llm": {"kernel": np.ones(3)}}
+    )
     return Meter(stage, tiny.model_config(), state, num_steps, start, path / "metrics.jsonl", LogConfig(**log), DATA)
 
 
@@ -82,13 +85,13 @@ def test_waiting_for_data_counts_where_the_device_waits_too(tmp_path, clock):
         clock.time += 1.0
     one.close()
     shares = [e["data_wait_share"] for e in read_metrics(tmp_path / "metrics.jsonl")]
-    # Of step 1's 7 s (3 + 1 + 3) the first three, for step 1 itself hid the other wait; then 4 s each, of which 3 where the step was done. The last has 1 s.
+    # Of step 1's 7 s (3 + 1 + 3) the first three, as it hid the other wait itself; then 4 s each, 3 of them where the step
+    # was done. The last has 1 s.
     assert shares == [pytest.approx(3 / 7, abs=1e-4), 0.75, 0.0, 0.0]
 
 
 def test_every_group_has_its_rate(tmp_path):
-    optimizer = OptimizerConfig(learning_rate=0.5, schedule="constant", warmup_ratio=0.0, learning_rate_scales=(("a", 0.1),))
-    one = meter(tmp_path, optimizer=optimizer)
+    one = meter(tmp_path, groups=(("a", 0.1),))
     one.add(1, BATCH, result())
     one.close()
     (entry,) = read_metrics(tmp_path / "metrics.jsonl")
@@ -163,11 +166,12 @@ def test_tensorboard_reads_what_was_written(tmp_path):
 
 
 def test_wandb_keeps_a_run_without_a_network(tmp_path, monkeypatch):
-    pytest.importorskip("wandb", reason="the extra `log` is not installed")
+    wandb = pytest.importorskip("wandb", reason="the extra `log` is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
     one = meter(tmp_path, to=("wandb",))
     one.add(1, BATCH, result())
     one.close()
+    wandb.teardown()  # what a process does at its end: its service writes the rest
     (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     assert b"one/loss" in file.read_bytes() and (tmp_path / "wandb_id").read_text() in file.name
 

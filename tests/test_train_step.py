@@ -119,7 +119,9 @@ def test_remat_policies_change_no_gradient(world, without_remat, name):
 
 
 def test_an_unknown_remat_policy_is_named(world):
-    with pytest.raises(ConfigError, match="model.remat must be one of full, attention, offload, dots or none, not 'most'"):
+    with pytest.raises(
+        ConfigError, match="model.remat must be one of full, attention, offload, dots or none, not 'most'"
+    ):
         run_remat(world, "most")
 
 

@@ -40,7 +40,7 @@ def train_stage(
     mesh: Mesh,
     directory: Path,
     checkpoints: CheckpointConfig,
-    log: LogConfig = LogConfig(),
+    log: LogConfig | None = None,
 ) -> tuple[dict, StageResult]:
     """Trains `stage` from `params`, or from its newest checkpoint in `directory`; returns the new parameters.
 
@@ -80,7 +80,7 @@ def train_stage(
         out_shardings=(shardings, None),
     )
     metrics_path = directory.parent.parent / "metrics.jsonl"
-    meter = Meter(stage, model_config, state, num_steps, start, metrics_path, log, loader.stats())
+    meter = Meter(stage, model_config, state, num_steps, start, metrics_path, log or LogConfig(), loader.stats())
 
     # Loop --------------------------------------------------------------------------------------------------------
     with explain_full_disk(directory), contextlib.closing(saver), contextlib.closing(meter), _signals() as received:
