@@ -26,6 +26,16 @@ class ConfigError(UserError):
 
 
 @dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters on the projections of a decoder or a ViT (Hu et al. 2021); `rank` 0 means none."""
+
+    rank: int = 0
+    alpha: float = 256.0
+    targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    dropout: float = 0.0  # of an adapter's input, in training
+
+
+@dataclass(frozen=True)
 class VisionConfig:
     """A vision tower: pixels `[*, image_size, image_size, 3]` to features `[*, num_tokens, feature_width]`.
 
@@ -61,6 +71,7 @@ class VisionConfig:
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
     fill: tuple[float, ...] = ()  # the colour of a letterbox's bars; () is the mean
+    lora: LoRAConfig = field(default_factory=LoRAConfig)  # of a vit; where towers are fused, each has its own
     towers: tuple[VisionConfig, ...] = ()
 
     @property
@@ -158,16 +169,6 @@ class ConnectorConfig:
 
 
 @dataclass(frozen=True)
-class LoRAConfig:
-    """Low-rank adapters on the language model's projections (Hu et al. 2021); `rank` 0 means none."""
-
-    rank: int = 0
-    alpha: float = 256.0
-    targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
-    dropout: float = 0.0  # of an adapter's input, in training
-
-
-@dataclass(frozen=True)
 class RopeScalingConfig:
     """Rotary positions stretched beyond the pre-training length, as Hugging Face names and computes the kinds."""
 
@@ -230,6 +231,11 @@ class ModelConfig:
     llm: LLMConfig = field(default_factory=LLMConfig)
     dtype: str = "bfloat16"  # compute dtype; trainable parameters are float32 masters
     remat: str = "full"  # none | dots | offload | attention | full: what is recomputed for gradients, in both towers
+
+    @property
+    def lora(self) -> tuple[LoRAConfig, ...]:
+        """The adapters of the decoder and of every tower."""
+        return (self.llm.lora, *(tower.lora for tower in self.vision.parts))
 
     @property
     def tile_tokens(self) -> int:

@@ -18,13 +18,13 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
 import jaxvlm
-from jaxvlm.config import ConfigError, LoRAConfig, ModelConfig, RunConfig, StageConfig, build, differences, to_dict
+from jaxvlm.config import ConfigError, ModelConfig, RunConfig, StageConfig, build, differences, to_dict
 from jaxvlm.data.assets import resolve_assets
 from jaxvlm.data.loader import Loader
 from jaxvlm.data.mixture import mixture_table
 from jaxvlm.evals import report, runner, tasks
 from jaxvlm.infer.engine import Engine
-from jaxvlm.models.lora import merge_lora
+from jaxvlm.models.lora import merge_all, without_lora
 from jaxvlm.models.vlm import abstract_params, logical_axes
 from jaxvlm.parallel.mesh import make_mesh
 from jaxvlm.parallel.rules import param_shardings
@@ -135,8 +135,8 @@ def require_same_model(found: ModelConfig, wanted: ModelConfig, path: str) -> No
     """Raises `ConfigError` when a checkpoint's shape is not the config's (precision and adapters apart)."""
     changed = [
         line
-        for line in differences(to_dict(found), to_dict(wanted), "config.model")
-        if not line.startswith(("config.model.dtype", "config.model.remat", "config.model.llm.lora"))
+        for line in differences(to_dict(without_lora(found)), to_dict(without_lora(wanted)), "config.model")
+        if not line.startswith(("config.model.dtype", "config.model.remat"))
     ]
     if changed:
         raise ConfigError(f"The model in {path} is not the config's:\n  " + "\n  ".join(changed))
@@ -240,10 +240,9 @@ def model_notes(config: RunConfig, results: list[StageResult]) -> dict[str, Any]
 
 def without_adapters(model: ModelConfig, params: dict) -> tuple[ModelConfig, dict]:
     """The model with its LoRA adapters added to the weights they adapt: what is saved, served and exported."""
-    if not model.llm.lora.rank:
+    if not any(lora.rank for lora in model.lora):
         return model, params
-    merged = dataclasses.replace(model, llm=dataclasses.replace(model.llm, lora=LoRAConfig()))
-    return merged, jax.jit(lambda tree: merge_lora(tree, model.llm))(params)
+    return without_lora(model), jax.jit(lambda tree: merge_all(tree, model))(params)
 
 
 def evaluate(engine: Engine, config: RunConfig, directory: Path) -> dict[str, Any]:

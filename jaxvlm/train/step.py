@@ -53,7 +53,7 @@ def make_step(
     With `accumulate` > 1 the rows are taken in that many interleaved micro-batches; the result is the same as for one.
     `seed` and the step's number decide what dropout, if the model has any, leaves out; a resumed run drops the same.
     """
-    drops = model.config.llm.lora.rank and model.config.llm.lora.dropout
+    drops = any(lora.rank and lora.dropout for lora in model.config.lora)
 
     def gradients(trainable: dict, frozen: dict, batch: dict, weights: jax.Array, key: jax.Array) -> Any:
         def loss(trainable):
