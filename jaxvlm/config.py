@@ -26,6 +26,16 @@ class ConfigError(UserError):
 
 
 @dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters on the projections of a decoder or a ViT (Hu et al. 2021); `rank` 0 means none."""
+
+    rank: int = 0
+    alpha: float = 256.0
+    targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    dropout: float = 0.0  # of an adapter's input, in training
+
+
+@dataclass(frozen=True)
 class VisionConfig:
     """A vision tower: pixels `[*, image_size, image_size, 3]` to features `[*, num_tokens, feature_width]`.
 
@@ -61,6 +71,7 @@ class VisionConfig:
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
     fill: tuple[float, ...] = ()  # the colour of a letterbox's bars; () is the mean
+    lora: LoRAConfig = field(default_factory=LoRAConfig)  # of a vit; where towers are fused, each has its own
     towers: tuple[VisionConfig, ...] = ()
 
     @property
@@ -158,16 +169,6 @@ class ConnectorConfig:
 
 
 @dataclass(frozen=True)
-class LoRAConfig:
-    """Low-rank adapters on the language model's projections (Hu et al. 2021); `rank` 0 means none."""
-
-    rank: int = 0
-    alpha: float = 256.0
-    targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
-    dropout: float = 0.0  # of an adapter's input, in training
-
-
-@dataclass(frozen=True)
 class RopeScalingConfig:
     """Rotary positions stretched beyond the pre-training length, as Hugging Face names and computes the kinds."""
 
@@ -229,7 +230,12 @@ class ModelConfig:
     connector: ConnectorConfig = field(default_factory=ConnectorConfig)
     llm: LLMConfig = field(default_factory=LLMConfig)
     dtype: str = "bfloat16"  # compute dtype; trainable parameters are float32 masters
-    remat: str = "full"  # none | dots | full: what the backward pass recomputes, in both towers
+    remat: str = "full"  # none | dots | offload | attention | full: what is recomputed for gradients, in both towers
+
+    @property
+    def lora(self) -> tuple[LoRAConfig, ...]:
+        """The adapters of the decoder and of every tower."""
+        return (self.llm.lora, *(tower.lora for tower in self.vision.parts))
 
     @property
     def tile_tokens(self) -> int:
@@ -299,18 +305,28 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with a warmed-up schedule, as in the LLaVA scripts (recipes §1.3 D2-D3)."""
+    """AdamW with a warmed-up schedule, as in the LLaVA scripts (recipes §1.3 D2-D3), unless it says otherwise.
 
-    name: str = "adamw"
+    Groups are (parameter pattern, factor); the first pattern that matches wins, and what none matches has factor 1.
+    """
+
+    name: str = "adamw"  # adamw | adafactor | lion | sgd (see docs/training.md)
     learning_rate: float = 2e-5
-    betas: tuple[float, ...] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    betas: tuple[float, float] = (
+        0.9,
+        0.999,
+    )  # sgd's momentum is the first; Adafactor and sgd leave it out where it is 0
+    eps: float = 1e-8  # AdamW's
+    moment_dtype: str = "float32"  # of the first moment: float32 | bfloat16
+    weight_decay: float = 0.0  # decoupled, in every optimiser; never of biases and norms
+    weight_decay_scales: tuple[tuple[str, float], ...] = ()
     clip_norm: float | None = None
     schedule: str = "cosine"  # cosine | linear | constant
     warmup_ratio: float = 0.03
     warmup_rounding: str = "ceil"  # ceil (LLaVA, HF) | floor (Prismatic)
-    learning_rate_scales: tuple[tuple[str, float], ...] = ()  # (parameter pattern, factor); the first match wins
+    learning_rate_scales: tuple[tuple[str, float], ...] = ()
+    ema_decay: float = 0.0  # > 0: the stage's result is this moving average of its parameters
+    offload: bool = False  # keep moments and average in the host's memory between steps
 
 
 @dataclass(frozen=True)
@@ -357,6 +373,15 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class LogConfig:
+    """What a run tells while it trains, beside the line on the terminal (docs/training.md says what the numbers are)."""
+
+    every_steps: int = 1  # lines of metrics.jsonl
+    to: tuple[str, ...] = ()  # also to: tensorboard, wandb
+    profile_steps: tuple[int, ...] = ()  # (first, last): trace these steps of every stage with jax.profiler
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """Evaluation after training: a VQA file of question records (see `jaxvlm.evals.tasks`)."""
 
@@ -385,7 +410,7 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    log_every_steps: int = 1
+    log: LogConfig = field(default_factory=LogConfig)
 
 
 # ------------------------------------------------------------------------------------------------- building from dicts

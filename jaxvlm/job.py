@@ -18,13 +18,13 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
 import jaxvlm
-from jaxvlm.config import ConfigError, LoRAConfig, ModelConfig, RunConfig, StageConfig, build, differences, to_dict
+from jaxvlm.config import ConfigError, ModelConfig, RunConfig, StageConfig, build, differences, to_dict
 from jaxvlm.data.assets import resolve_assets
 from jaxvlm.data.loader import Loader
 from jaxvlm.data.mixture import mixture_table
 from jaxvlm.evals import report, runner, tasks
 from jaxvlm.infer.engine import Engine
-from jaxvlm.models.lora import merge_lora
+from jaxvlm.models.lora import merge_all, without_lora
 from jaxvlm.models.vlm import abstract_params, logical_axes
 from jaxvlm.parallel.mesh import make_mesh
 from jaxvlm.parallel.rules import param_shardings
@@ -42,7 +42,7 @@ from jaxvlm.weights.saved import CheckpointError, existing_parent, save_model, w
 
 PARTS = ("vision", "connector", "llm")
 # Settings that may change between a run and its continuation without changing what is learnt.
-FREE = ("config.log_every_steps", "config.checkpoint.", "config.mesh.", "config.eval.", "config.name")
+FREE = ("config.log.", "config.checkpoint.", "config.mesh.", "config.eval.", "config.name")
 FREE += ("config.description", "config.expected")
 
 
@@ -106,6 +106,9 @@ def opening(config: RunConfig, workdir: Path) -> str:
     if config.expected:
         lines.append(f"Expect {config.expected}.")
     lines.append(f"Everything goes to {workdir}; run the same command again to continue after an interruption.")
+    lines.append(
+        f"Compiled programs are kept in {jax.config.jax_compilation_cache_dir}, so that the next start is quicker."
+    )
     return "\n".join(lines)
 
 
@@ -132,8 +135,8 @@ def require_same_model(found: ModelConfig, wanted: ModelConfig, path: str) -> No
     """Raises `ConfigError` when a checkpoint's shape is not the config's (precision and adapters apart)."""
     changed = [
         line
-        for line in differences(to_dict(found), to_dict(wanted), "config.model")
-        if not line.startswith(("config.model.dtype", "config.model.remat", "config.model.llm.lora"))
+        for line in differences(to_dict(without_lora(found)), to_dict(without_lora(wanted)), "config.model")
+        if not line.startswith(("config.model.dtype", "config.model.remat"))
     ]
     if changed:
         raise ConfigError(f"The model in {path} is not the config's:\n  " + "\n  ".join(changed))
@@ -143,7 +146,8 @@ def check_disk(params: dict, config: RunConfig, workdir: Path) -> None:
     """Fails before the first step, not after the last, when the disk cannot hold what will be written."""
     need = nbytes(params)
     for stage in config.stages:
-        need += config.checkpoint.keep * 3 * nbytes(split(params, stage.trainable)[0])
+        copies = 3 + bool(stage.optimizer.ema_decay)  # parameters, two moments, an average
+        need += config.checkpoint.keep * copies * nbytes(split(params, stage.trainable)[0])
     free = shutil.disk_usage(existing_parent(workdir)).free
     if free < need:
         raise CheckpointError(
@@ -179,7 +183,7 @@ def run_stage(
     if number == 0 and config.init.connector_start == "ridge":
         params = ridge_start(config.model, params, data)
     directory = workdir / "stages" / f"{number}_{stage.name}"
-    return train_stage(stage, config.model, params, data, mesh, directory, config.checkpoint, config.log_every_steps)
+    return train_stage(stage, config.model, params, data, mesh, directory, config.checkpoint, config.log)
 
 
 def stage_loader(
@@ -236,10 +240,9 @@ def model_notes(config: RunConfig, results: list[StageResult]) -> dict[str, Any]
 
 def without_adapters(model: ModelConfig, params: dict) -> tuple[ModelConfig, dict]:
     """The model with its LoRA adapters added to the weights they adapt: what is saved, served and exported."""
-    if not model.llm.lora.rank:
+    if not any(lora.rank for lora in model.lora):
         return model, params
-    merged = dataclasses.replace(model, llm=dataclasses.replace(model.llm, lora=LoRAConfig()))
-    return merged, jax.jit(lambda tree: merge_lora(tree, model.llm))(params)
+    return without_lora(model), jax.jit(lambda tree: merge_all(tree, model))(params)
 
 
 def evaluate(engine: Engine, config: RunConfig, directory: Path) -> dict[str, Any]:
@@ -267,7 +270,7 @@ def finish(
         peak_memory_bytes=peak_memory_bytes(),
         config=json.loads((workdir / "config.json").read_text()),
         devices=[device.device_kind for device in jax.devices()],
-        facts={"MFU is relative to": peak_flops()[1]},
+        facts=facts(workdir),
     )
     print("\n" + report.terminal_table(made))
     if made["samples"]:
@@ -277,6 +280,17 @@ def finish(
         f"Open {workdir / 'report.html'} in a browser, or talk to the model:\n  jaxvlm chat --run {workdir}"
     )
     return made
+
+
+def facts(workdir: Path) -> dict[str, str]:
+    """What the report says beside its tables."""
+    entries = read_metrics(workdir / "metrics.jsonl")
+    share = (
+        f"{entries[-1]['goodput']:.0%} of the time from the first start of training to its last step"
+        if entries
+        else "-"
+    )
+    return {"MFU is relative to": peak_flops()[1], "Useful steps took": share}
 
 
 def run_config(workdir: Path) -> RunConfig:

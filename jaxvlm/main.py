@@ -23,6 +23,7 @@ The main job, every stage and then the evaluation, resumed where it stopped if i
   python -m jaxvlm.main --config configs/quickstart.py --workdir runs/quickstart
     --config FILE.py[:ARG,ARG=VALUE]     the run; `--config.stages[1].optimizer.learning_rate=1e-4` changes one setting
     --workdir DIR                        where everything goes
+    --profile_steps A:B                  trace these steps of every stage, to look at with xprof
     --print_config                       show every setting and stop
     --dry_run                            compile every stage for this machine, say whether it fits, and stop
 
@@ -87,6 +88,8 @@ def prepare_jax() -> None:
 
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+        # Small programs too: a start of the tiny quickstart has dozens of them.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     absl_logging.set_verbosity(absl_logging.ERROR)
     logging.getLogger("absl").setLevel(logging.ERROR)
 
@@ -101,10 +104,18 @@ def train(argv: Sequence[str]) -> None:
     parser.add_argument("--workdir")
     parser.add_argument("--print_config", action="store_true")
     parser.add_argument("--dry_run", action="store_true")
+    parser.add_argument("--profile_steps", metavar="A:B")
     options, overrides = parser.parse_known_args(argv)
     strange = [arg for arg in overrides if not arg.startswith("--config.")]
     if strange:
         raise ConfigError(f"Unknown argument '{strange[0]}'. `jaxvlm --help` lists what there is.")
+    if options.profile_steps:
+        first, _, last = options.profile_steps.partition(":")
+        if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+            raise ConfigError(
+                f"--profile_steps takes FIRST:LAST, as in --profile_steps 10:14, not '{options.profile_steps}'."
+            )
+        overrides.append(f"--config.log.profile_steps=({first}, {last})")
     config = load_config(options.config, overrides)
     if options.print_config:
         print(json.dumps(to_dict(config), indent=2))

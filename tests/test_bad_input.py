@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from jaxvlm import job
-from jaxvlm.config import UserError, differences, to_dict
+from jaxvlm.config import LogConfig, UserError, differences, to_dict
 from jaxvlm.config_files import complete
 from jaxvlm.data.assets import toy
 from jaxvlm.main import load_config, main
@@ -149,7 +149,7 @@ def test_diverging_loss(world, capsys):
 def test_free_settings_may_change_between_runs(world):
     folder, config = world
     job.claim_workdir(config, folder / "run")
-    job.claim_workdir(dataclasses.replace(config, log_every_steps=9), folder / "run")
+    job.claim_workdir(dataclasses.replace(config, log=LogConfig(every_steps=9)), folder / "run")
     with pytest.raises(UserError, match="config.seed"):
         job.claim_workdir(dataclasses.replace(config, seed=1), folder / "run")
 

@@ -11,7 +11,7 @@ import tiny
 from data_helpers import llama_tokenizer, record
 from PIL import Image
 
-from jaxvlm.config import DataConfig, ModelConfig, PromptConfig, SourceConfig, StageConfig, VisionConfig
+from jaxvlm.config import DataConfig, LogConfig, ModelConfig, PromptConfig, SourceConfig, StageConfig, VisionConfig
 from jaxvlm.data import DataError, bad, samples
 from jaxvlm.data.loader import Loader
 from jaxvlm.data.mixture import mixture_table
@@ -197,7 +197,7 @@ def meter(folder, made, start=0):
         trainable={"connector": {"kernel": np.ones((2, 2))}}, frozen={"llm": {"kernel": np.ones(3)}}
     )
     path = folder / "metrics.jsonl"
-    return Meter(stage, tiny.model_config(), state, made.num_steps, start, path, 2, made.stats())
+    return Meter(stage, tiny.model_config(), state, made.num_steps, start, path, LogConfig(every_steps=2), made.stats())
 
 
 def step_metrics(made):
@@ -206,6 +206,8 @@ def step_metrics(made):
         "loss": 1.0,
         "grad_norm": 1.0,
         "supervised_tokens": 3,
+        "tokens": 9,
+        "images": 2,
         "source_loss": 6 * sources,
         "source_tokens": 2 * sources,
     }

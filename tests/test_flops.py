@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxvlm.config import ConnectorConfig, LLMConfig, ModelConfig, SVAConfig, VisionConfig
+from jaxvlm.config import ConnectorConfig, LLMConfig, LoRAConfig, ModelConfig, SVAConfig, VisionConfig
 from jaxvlm.models.vlm import VLM, abstract_params
-from jaxvlm.train.flops import batch_flops, connector_params_per_token, vision_flops
+from jaxvlm.train.flops import batch_flops, connector_params_per_token, llm_params_per_token, vision_flops
 from jaxvlm.weights.families.known import LANGUAGE_MODELS, TOWERS
 from jaxvlm.weights.families.llama import LLAMA
 from jaxvlm.weights.families.timm import timm_config
@@ -156,3 +156,44 @@ def test_a_decoder():
     assert parts["llm"] + parts["head"] == found["aten.mm"]
     pairs = length * (length + 1) / 2
     assert parts["attention"] == pytest.approx((found["all"] - found["aten.mm"]) * pairs / length**2, rel=1e-3)
+
+
+def test_sliding_windows_and_adapters():
+    """A window of 3 over 5 tokens: 1 + 2 + 3 + 3 + 3 keys in a windowed layer, 15 in a full one. Adapters are parameters."""
+    llm = LLMConfig(vocab_size=8, width=8, depth=3, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=16)
+    windowed = replace(llm, sliding_window=3, full_layers=(1,))
+    ones = np.ones((1, 5))
+    batch = {"segment_ids": ones, "positions": np.arange(5)[None], "visual_index": -ones, "loss_weights": ones}
+    shares = dict.fromkeys(("vision", "connector", "llm", "head"), 0.0)
+
+    def attention(config):
+        return batch_flops(ModelConfig(llm=config), batch, shares)["attention"]
+
+    assert attention(windowed) / attention(llm) == (2 * 12 + 15) / 45
+    adapted = replace(llm, lora=LoRAConfig(rank=2))
+    tower = VisionConfig(image_size=28, width=8, depth=2, num_heads=1, mlp_dim=8)
+    layers = abstract_params(ModelConfig(vision=tower, llm=adapted))["llm"]["layers"]
+    kernels = [
+        leaf for path, leaf in jax.tree_util.tree_leaves_with_path(layers) if path[-1].key not in ("scale", "bias")
+    ]
+    assert llm_params_per_token(adapted) == sum(leaf.size for leaf in kernels)
+
+
+def test_frozen_parts_cost_what_they_do():
+    """Forward always; the input's gradient where something before trains; the weights' gradient for the share that trains."""
+    tokens = np.ones((1, 6))
+    batch = {"segment_ids": tokens, "positions": np.arange(6)[None], "visual_index": np.arange(6)[None] - 3}
+    batch |= {"loss_weights": tokens, "pixels": None, "tile_mask": np.ones((1, 1))}
+    model = ModelConfig(vision=VisionConfig(image_size=28, width=8, depth=2, num_heads=1, mlp_dim=8))
+
+    def factors(**moves):
+        none = dict.fromkeys(("vision", "connector", "llm", "head"), 0.0)
+        forward, parts = batch_flops(model, batch, none), batch_flops(model, batch, none | moves)
+        return {name: parts[name] / forward[name] for name in parts}
+
+    assert factors(connector=1.0) == dict(vision=1, connector=2, llm=2, attention=3, head=2)
+    assert factors(connector=1.0, llm=1.0, head=1.0) == dict(vision=1, connector=2, llm=3, attention=3, head=3)
+    assert factors(vision=1.0, connector=1.0, llm=1.0, head=1.0) == dict(
+        vision=3, connector=3, llm=3, attention=3, head=3
+    )
+    assert factors(llm=0.1) == dict(vision=1, connector=1, llm=2.1, attention=3, head=2)  # adapters alone

@@ -43,6 +43,8 @@ def test_metrics_and_page(finished):
     entries = read_metrics(finished / "metrics.jsonl")
     assert [e["step"] for e in entries if e["stage"] == "instruct"] == list(range(1, 91))
     assert all(e["tokens_per_second"] > 0 and 0 < e["mfu"] < 1 for e in entries)
+    assert all(0 < e["fill"] <= 1 and 0 <= e["data_wait_share"] <= 1 and 0 < e["goodput"] <= 1 for e in entries)
+    assert 0 < entries[0]["compile_seconds"] < entries[0]["seconds"] and "compile_seconds" not in entries[10]
     events = read_events(finished / "metrics.jsonl")
     assert [(event["event"], event["stage"]) for event in events] == [("data", "align"), ("data", "instruct")]
     for event in events:

@@ -15,6 +15,7 @@ from hf_copy import random_params
 from jaxvlm.config import ConfigError, MeshConfig, OptimizerConfig
 from jaxvlm.data.assets import toy
 from jaxvlm.data.loader import Loader
+from jaxvlm.models.layers import REMAT_POLICIES
 from jaxvlm.models.vlm import VLM
 from jaxvlm.parallel.mesh import make_mesh
 from jaxvlm.parallel.rules import partition_spec, put_batch
@@ -89,6 +90,39 @@ def test_eight_devices_equal_one(world, one_device, trainable, axes):
     np.testing.assert_allclose(others["loss"], metrics["loss"], rtol=1e-5)
     np.testing.assert_allclose(others["grad_norm"], metrics["grad_norm"], rtol=1e-5)
     assert_trees_close(sharded, single, 1e-5)
+
+
+@pytest.fixture(scope="module")
+def without_remat(world):
+    return run_remat(world, "none")
+
+
+def run_remat(world, name):
+    """Loss, gradients of everything (both towers have a policy), and the compiled program."""
+    model = VLM(dataclasses.replace(world.model, remat=name))
+    batch, params = next(batches(world, True, 2)), random_params(world.model)
+
+    def loss(params):
+        return loss_sums(model, params, batch, batch["loss_weights"], 1)[0]
+
+    compiled = jax.jit(jax.value_and_grad(loss)).lower(params).compile()
+    return (*jax.device_get(compiled(params)), compiled)
+
+
+@pytest.mark.parametrize("name", REMAT_POLICIES)
+def test_remat_policies_change_no_gradient(world, without_remat, name):
+    loss, grads, compiled = run_remat(world, name)
+    expected, expected_grads, plain = without_remat
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    assert_trees_close(grads, expected_grads, 1e-5)
+    assert compiled.cost_analysis()["flops"] > plain.cost_analysis()["flops"]  # it does recompute
+
+
+def test_an_unknown_remat_policy_is_named(world):
+    with pytest.raises(
+        ConfigError, match="model.remat must be one of full, attention, offload, dots or none, not 'most'"
+    ):
+        run_remat(world, "most")
 
 
 def test_frozen_parameters_cost_no_optimiser_state(world):

@@ -161,26 +161,31 @@ class RMSNorm(nn.Module):
         return (x * jax.lax.rsqrt(mean_square + self.eps) * scale).astype(self.dtype)
 
 
-def _keep_dots(*args, **kwargs):
-    policies = jax.checkpoint_policies
-    return policies.save_from_both_policies(
-        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names("attention_out")
-    )(*args, **kwargs)
+def _and_attention(keeps: Callable) -> Callable:
+    """The policy `keeps`, and what attention gives, whose kernel is no product that it knows."""
+    named = jax.checkpoint_policies.save_only_these_names("attention_out")
+    return lambda *primitive, **params: named(*primitive, **params) or keeps(*primitive, **params)
 
 
-REMAT_POLICIES = {"dots": _keep_dots, "full": jax.checkpoint_policies.nothing_saveable}
+# What the backward pass finds in memory, from most recomputation to least; it recomputes the rest. Beside each layer's input:
+REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,  # nothing
+    "attention": jax.checkpoint_policies.save_only_these_names("attention_out"),  # what attention gives
+    # the same, and in the host's memory the products with parameters
+    "offload": _and_attention(jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host")),
+    "dots": _and_attention(jax.checkpoint_policies.dots_with_no_batch_dims_saveable),  # both, on the device
+}
 
 
 def stack(layer: type[nn.Module], depth: int, remat: str, in_axes: tuple) -> type[nn.Module]:
     """`depth` copies of `layer` as one scanned module; their parameters gain a leading axis named 'layers'.
 
     `layer.__call__(carry, *inputs)` returns (carry, None). `in_axes` says of each input whether layers share it
-    (`nn.broadcast`) or scan over its axis 0. `remat` is what the backward pass recomputes: 'none', 'full' (all but
-    the carry), or 'dots' (all but the products with parameters and the attention output).
+    (`nn.broadcast`) or scan over its axis 0. `remat` is a name of `REMAT_POLICIES`, or 'none': nothing is recomputed.
     """
     if remat != "none":
         if remat not in REMAT_POLICIES:
-            raise ConfigError(f"model.remat must be none, dots or full, not '{remat}'.")
+            raise ConfigError(f"model.remat must be one of {', '.join(REMAT_POLICIES)} or none, not '{remat}'.")
         layer = nn.remat(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)  # scan already prevents it
     return nn.scan(
         layer,

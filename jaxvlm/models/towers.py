@@ -43,6 +43,13 @@ def tower(config: VisionConfig, dtype: jnp.dtype, remat: str) -> nn.Module:
         raise ConfigError(f"No vision tower '{config.kind}'; there are: {', '.join(kinds)}.")
     if config.kind == "fused" and not config.towers:
         raise ConfigError("vision.kind = 'fused' needs vision.towers, one configuration for each.")
+    if config.lora.rank and config.kind != "vit":
+        hint = (
+            "set it in vision.towers" if config.kind == "fused" else "leave it at 0, or train the tower's own weights"
+        )
+        raise ConfigError(
+            f"vision.lora.rank = {config.lora.rank}, but a tower of kind '{config.kind}' has no adapters; {hint}."
+        )
     return kinds[config.kind](config, dtype)
 
 

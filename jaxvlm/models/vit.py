@@ -53,14 +53,14 @@ class Attention(nn.Module):
         shape, axes = (c.num_heads, c.width // c.num_heads), ("vision_heads", "head_dim")
 
         def project(name):
-            to_heads = Projection((c.width,), shape, ("vision_embed",), axes, self.dtype, bias=True, name=name)
+            to_heads = Projection((c.width,), shape, ("vision_embed",), axes, self.dtype, True, c.lora, name=name)
             return constrain(to_heads(x), ("tiles", "visual_length", *axes))
 
         q, k, v = project("q"), project("k"), project("v")  # [B, N, H, h]
         k_start, k_end = intervals.full(x.shape[0], x.shape[1], x.shape[1])
         own = ("tiles", "visual_length", "vision_heads")
         out = sharded_attention(q, k, v, k_start=k_start, k_end=k_end, axes=own)
-        return Projection(shape, (c.width,), axes, ("vision_embed",), self.dtype, bias=True, name="o")(out)
+        return Projection(shape, (c.width,), axes, ("vision_embed",), self.dtype, True, c.lora, name="o")(out)
 
 
 class MLP(nn.Module):
@@ -76,11 +76,11 @@ class MLP(nn.Module):
             raise ConfigError(f"vision.mlp must be plain or swiglu, not '{c.mlp}'.")
 
         def widen(name):
-            return Projection((c.width,), (c.mlp_dim,), outer, inner, self.dtype, bias=True, name=name)(x)
+            return Projection((c.width,), (c.mlp_dim,), outer, inner, self.dtype, True, c.lora, name=name)(x)
 
         y = jax.nn.silu(widen("gate")) * widen("up") if c.mlp == "swiglu" else activation(c.activation)(widen("up"))
         y = constrain(y, ("tiles", "visual_length", "vision_mlp"))  # [B, N, F]
-        return Projection((c.mlp_dim,), (c.width,), inner, outer, self.dtype, bias=True, name="down")(y)
+        return Projection((c.mlp_dim,), (c.width,), inner, outer, self.dtype, True, c.lora, name="down")(y)
 
 
 class Layer(nn.Module):

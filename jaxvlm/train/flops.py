@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from functools import cache
 
@@ -52,9 +53,13 @@ def peak_flops() -> tuple[float, str]:
 
 
 def llm_params_per_token(llm: LLMConfig) -> int:
-    """Multiply-adds of one token through the decoder layers, attention scores and head apart."""
-    attention = llm.width * llm.head_dim * (2 * llm.num_heads + 2 * llm.num_kv_heads)
-    return llm.depth * (attention + (2 + llm.gated) * llm.width * llm.mlp_dim)
+    """Multiply-adds of one token through the decoder layers, adapters included, attention scores and head apart."""
+    heads, kv_heads = llm.num_heads * llm.head_dim, llm.num_kv_heads * llm.head_dim
+    sides = {"q": (llm.width, heads), "k": (llm.width, kv_heads), "v": (llm.width, kv_heads), "o": (heads, llm.width)}
+    sides |= {"up": (llm.width, llm.mlp_dim), "down": (llm.mlp_dim, llm.width)}
+    sides |= {"gate": (llm.width, llm.mlp_dim)} if llm.gated else {}
+    adapters = llm.lora.rank * sum(sum(sides[name]) for name in sides if name in llm.lora.targets)
+    return llm.depth * (sum(math.prod(pair) for pair in sides.values()) + adapters)
 
 
 def vision_flops(vision: VisionConfig) -> float:
@@ -141,7 +146,7 @@ def batch_flops(model: ModelConfig, batch: dict, trainable_share: dict[str, floa
     """
     real = batch["segment_ids"] > 0
     tokens = float(real.sum())
-    attended = float((batch["positions"] + 1)[real].sum())  # causal within each packed conversation
+    attended = _attended(model.llm, (batch["positions"] + 1)[real])
     visual = float((batch["visual_index"] >= 0).sum())
     supervised = float((batch["loss_weights"] > 0).sum())
     tiles = float(batch["tile_mask"].sum()) if "pixels" in batch else 0.0
@@ -158,9 +163,19 @@ def batch_flops(model: ModelConfig, batch: dict, trainable_share: dict[str, floa
         "vision": tiles * vision_flops(model.vision) * (1 + into_vision + share["vision"]),
         "connector": 2 * connector * (1 + into_vision + share["connector"]),
         "llm": 2 * tokens * llm_params_per_token(llm) * (1 + into_layers + share["llm"]),
-        "attention": 4 * attended * llm.depth * llm.num_heads * llm.head_dim * (1 + 2 * into_layers),
+        "attention": 4 * attended * llm.num_heads * llm.head_dim * (1 + 2 * into_layers),
         "head": 2 * supervised * llm.width * llm.vocab_size * (1 + into_layers + share["head"]),
     }
+
+
+def _attended(llm: LLMConfig, seen: np.ndarray) -> float:
+    """Keys that tokens attend to, over all layers, where each may look back at `seen` in its own conversation.
+
+    Causal attention is so counted as the half it is, and a layer with a sliding window as that window.
+    """
+    window = llm.sliding_window or np.inf
+    full = len(llm.full_layers) if llm.sliding_window else llm.depth
+    return float(full * seen.sum() + (llm.depth - full) * np.minimum(seen, window).sum())
 
 
 def trainable_shares(trainable: dict, frozen: dict) -> dict[str, float]:

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxvlm.config import CheckpointConfig, ConfigError, ModelConfig, StageConfig
+from jaxvlm.config import CheckpointConfig, ConfigError, LogConfig, ModelConfig, StageConfig
 from jaxvlm.data.loader import Loader
 from jaxvlm.models.vlm import VLM, logical_axes
 from jaxvlm.parallel.rules import param_shardings, put_batch
 from jaxvlm.train.checkpoint import StageCheckpointer
 from jaxvlm.train.metrics import Meter, StageResult
-from jaxvlm.train.optimizer import make_optimizer
+from jaxvlm.train.optimizer import averaged, make_optimizer, opt_state_shardings
 from jaxvlm.train.state import TrainState, cast, flat, merge, split
 from jaxvlm.train.step import make_step
 from jaxvlm.weights.saved import explain_full_disk
@@ -40,7 +40,7 @@ def train_stage(
     mesh: Mesh,
     directory: Path,
     checkpoints: CheckpointConfig,
-    log_every: int = 1,
+    log: LogConfig | None = None,
 ) -> tuple[dict, StageResult]:
     """Trains `stage` from `params`, or from its newest checkpoint in `directory`; returns the new parameters.
 
@@ -57,9 +57,12 @@ def train_stage(
     model, num_steps = VLM(model_config), loader.num_steps
     trainable, frozen = split(params, stage.trainable)
     frozen = cast(frozen, jnp.dtype(model_config.dtype))  # nothing updates it: no float32 master is needed
+    trainable = cast(trainable, jnp.float32)  # masters, also of what an earlier stage left frozen in another dtype
     optimizer = make_optimizer(stage.optimizer, num_steps, trainable)
-    state = jax.jit(lambda t, f: TrainState(jnp.int32(0), t, f, optimizer.init(t)))(trainable, frozen)
-    state = jax.device_put(state, state_shardings(state, model_config, mesh))
+    state = TrainState(jnp.int32(0), trainable, frozen, jax.eval_shape(optimizer.init, trainable))
+    shardings = state_shardings(state, model_config, mesh, stage.optimizer.offload)
+    state = state._replace(opt_state=jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trainable))
+    state = jax.device_put(state, shardings)
     del params, trainable, frozen
 
     # Resume ------------------------------------------------------------------------------------------------------
@@ -74,25 +77,27 @@ def train_stage(
     step_fn = jax.jit(
         make_step(model, optimizer, len(loader.source_names), stage.accumulate, loader.seed),
         donate_argnums=0,
-        out_shardings=(state_shardings(state, model_config, mesh), None),
+        out_shardings=(shardings, None),
     )
     metrics_path = directory.parent.parent / "metrics.jsonl"
-    meter = Meter(stage, model_config, state, num_steps, start, metrics_path, log_every, loader.stats())
+    meter = Meter(stage, model_config, state, num_steps, start, metrics_path, log or LogConfig(), loader.stats())
 
     # Loop --------------------------------------------------------------------------------------------------------
     with explain_full_disk(directory), contextlib.closing(saver), contextlib.closing(meter), _signals() as received:
-        for step, batch in enumerate(loader.batches(start), start + 1):
+        for step, batch in meter.batches(loader.batches(start)):
             state, metrics = step_fn(state, put_batch(batch, mesh))
             meter.add(step, batch, metrics)
             if step % checkpoints.every_steps == 0 or step == num_steps or received:
                 saver.save(state, position, wait=bool(received))
             if received and step < num_steps:
                 raise Interrupted(stage.name, step, num_steps, received[0])
-    return merge(state.trainable, state.frozen), meter.result()
+    average = averaged(state.opt_state)
+    trainable = state.trainable if average is None else jax.device_put(average, shardings.trainable)
+    return merge(trainable, state.frozen), meter.result()
 
 
-def state_shardings(state: TrainState, config: ModelConfig, mesh: Mesh) -> TrainState:
-    """Shardings of a state: parameters by the rule table; an optimiser moment is sharded as its parameter."""
+def state_shardings(state: TrainState, config: ModelConfig, mesh: Mesh, offload: bool = False) -> TrainState:
+    """Shardings of a state, of arrays or shapes: parameters by the rule table, moments by `opt_state_shardings`."""
     axes = flat(logical_axes(config))
     everything = NamedSharding(mesh, PartitionSpec())
 
@@ -101,12 +106,7 @@ def state_shardings(state: TrainState, config: ModelConfig, mesh: Mesh) -> Train
         return unflatten_dict(param_shardings({path: axes[path] for path in leaves}, leaves, mesh), sep="/")
 
     trainable = of(state.trainable)
-    structure = jax.tree.structure(state.trainable)
-
-    def moments(node):
-        return trainable if jax.tree.structure(node) == structure else everything
-
-    opt_state = jax.tree.map(moments, state.opt_state, is_leaf=lambda n: jax.tree.structure(n) == structure)
+    opt_state = opt_state_shardings(state.opt_state, state.trainable, trainable, mesh, offload)
     return TrainState(everything, trainable, of(state.frozen), opt_state)
 
 

@@ -42,6 +42,8 @@ def loss_sums(
     return loss, {
         "source_loss": jax.ops.segment_sum(nll.reshape(-1), sources, num_sources + 1)[:-1],
         "source_tokens": jax.ops.segment_sum(supervised.reshape(-1).astype(jnp.float32), sources, num_sources + 1)[:-1],
+        "tokens": jnp.sum(batch["segment_ids"] > 0),
+        "images": jnp.sum(batch["tile_mask"]) if "tile_mask" in batch else jnp.int32(0),
     }
 
 
@@ -53,7 +55,7 @@ def make_step(
     With `accumulate` > 1 the rows are taken in that many interleaved micro-batches; the result is the same as for one.
     `seed` and the step's number decide what dropout, if the model has any, leaves out; a resumed run drops the same.
     """
-    drops = model.config.llm.lora.rank and model.config.llm.lora.dropout
+    drops = any(lora.rank and lora.dropout for lora in model.config.lora)
 
     def gradients(trainable: dict, frozen: dict, batch: dict, weights: jax.Array, key: jax.Array) -> Any:
         def loss(trainable):

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
 from jaxvlm.config import LoRAConfig, ModelConfig, PromptConfig
-from jaxvlm.models.lora import merge_lora
+from jaxvlm.models.lora import merge_all, without_lora
 from jaxvlm.weights import hf_files, llava_files
 from jaxvlm.weights.adapters import CONFIG as ADAPTER_CONFIG
 from jaxvlm.weights.adapters import joined_modules, write_adapters
@@ -73,9 +73,9 @@ def export(
             write_adapters(params, model, folder, base, dtype)
             return Path(out)
         target = TARGETS[format]
-        if model.llm.lora.rank:
-            params = params | {"llm": merge_lora(params["llm"], model.llm) if merge else _without_lora(params["llm"])}
-            model = dataclasses.replace(model, llm=dataclasses.replace(model.llm, lora=LoRAConfig()))
+        if any(lora.rank for lora in model.lora):
+            params = merge_all(params, model) if merge else _without_lora(params)
+            model = without_lora(model)
         tokenizer = hf_files.copy_tokenizer(Path(prompt.tokenizer), folder, target.image_token, target.processor)
         rows = model.llm.vocab_size
         if tokenizer.image_id >= rows:
@@ -130,6 +130,10 @@ def _peft_reasons(model: ModelConfig) -> list[str]:
     if not model.llm.lora.rank:
         return ["it has no adapters (llm.lora.rank = 0)"]
     reasons = _common_reasons(model)
+    if any(tower.lora.rank for tower in model.vision.parts):
+        reasons.append(
+            "the vision tower has adapters too (vision.lora), which PEFT adapters of a LLaVA do not hold here"
+        )
     if not reasons and (joined := joined_modules(model.llm)):
         reasons.append(f"the base holds {' and '.join(joined)} as one matrix, whose parts have adapters of their own")
     if model.connector.kind != "mlp2x_gelu" or model.connector.row_end or model.connector.input_norm:

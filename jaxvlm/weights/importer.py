@@ -53,16 +53,16 @@ def import_part(
     function of the parameter's path, or None for the file's. With `shardings` (a tree like the result) each leaf is read
     and placed shard by shard. A `report` given here is filled in. Position embeddings of another image size are
     resampled as the tower's own code does it. The towers of a fused one are given by several paths with commas between
-    them. Adapters (`llm.lora`) are not in checkpoints and not in the result. Raises `WeightsError` listing every
+    them. Adapters (`lora`) are not in checkpoints and not in the result. Raises `WeightsError` listing every
     missing, unknown or misshapen tensor.
     """
     placed = None if shardings is None else {part: shardings}
     if (run := run_folder(Path(path).expanduser())) is not None:
         return load_model(run, placed and (lambda config: placed), dtype, part)[0][part]
     pieces = part_pieces(path, part, config)
-    if report is not None and part == "llm" and pieces[0].config.lora.rank:
+    if report is not None and part != "connector" and pieces[0].config.lora.rank:
         targets = ", ".join(pieces[0].config.lora.targets)
-        report.initialised.append((f"llm/layers/*/{{{targets}}}/lora_*", "adapters, not in the checkpoint"))
+        report.initialised.append((f"{part}/layers/*/{{{targets}}}/lora_*", "adapters, not in the checkpoint"))
     return build(planned(pieces, report), dtype, placed)[part]
 
 

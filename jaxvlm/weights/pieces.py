@@ -20,7 +20,7 @@ from jaxvlm.weights.readers import TensorSource, WeightsError, open_source
 # Where a run may differ from what a checkpoint says of itself: which features are taken, and what changes no weight.
 FREE = {
     "vision": {"feature_layers", "feature_norm", "feature_tokens", "pool", "mean", "std", "image_size", "activation"}
-    | {"resized_grid", "scales", "fill"},
+    | {"resized_grid", "scales", "fill", "lora"},
     "llm": {"max_positions", "sliding_window", "lora"},
 }
 # All that describes a convolutional tower.

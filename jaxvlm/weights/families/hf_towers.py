@@ -15,6 +15,7 @@ from jaxvlm.weights.readers import WeightsError
 HF_ACTIVATIONS = {ours: name for name, ours in reversed(ACTIVATIONS.items())}
 # Which features are taken is LLaVA's business, and how images are prepared its processor's.
 _NOT_THE_TOWERS = {"feature_layers", "feature_norm", "feature_tokens", "pool", "resized_grid", "scales", "mean", "std"}
+_NOT_THE_TOWERS |= {"lora"}
 
 
 def describe_tower(config: VisionConfig) -> tuple[Family, dict[str, Any]]:
