@@ -24,6 +24,7 @@ The main job, every stage and then the evaluation, resumed where it stopped if i
     --config FILE.py[:ARG,ARG=VALUE]     the run; `--config.stages[1].optimizer.learning_rate=1e-4` changes one setting
     --workdir DIR                        where everything goes
     --print_config                       show every setting and stop
+    --coordinator HOST:PORT --num_processes N --process_id I   one process of several, where no cluster tells (docs/reliability.md)
 
 Verbs (`jaxvlm VERB --help` for each):
   chat       talk about an image with a trained model
@@ -32,6 +33,7 @@ Verbs (`jaxvlm VERB --help` for each):
   import     read a checkpoint of another project and save it as a jaxvlm model
   export     write a model as a folder that transformers, vLLM, LLaVA's code or PEFT load
   data       verify, inspect, count and convert data sets
+  inspect    show what a checkpoint holds
   report     show a run's scores and make its report.html again
   doctor     what this machine has, and what to do about what is missing
 """
@@ -98,6 +100,9 @@ def train(argv: Sequence[str]) -> None:
     parser.add_argument("--config", required=True)
     parser.add_argument("--workdir")
     parser.add_argument("--print_config", action="store_true")
+    parser.add_argument("--coordinator")
+    parser.add_argument("--num_processes", type=int)
+    parser.add_argument("--process_id", type=int)
     options, overrides = parser.parse_known_args(argv)
     strange = [arg for arg in overrides if not arg.startswith("--config.")]
     if strange:
@@ -108,7 +113,11 @@ def train(argv: Sequence[str]) -> None:
         return
     if not options.workdir:
         raise ConfigError("Give --workdir, the folder for checkpoints, metrics and the report.")
-    run(config, options.workdir)
+    from jaxvlm.parallel import processes
+
+    processes.start(options.coordinator, options.num_processes, options.process_id)
+    with processes.leaving_peers():
+        run(config, options.workdir)
 
 
 def chat(argv: Sequence[str]) -> None:
@@ -260,6 +269,17 @@ def data(argv: Sequence[str]) -> None:
     raise SystemExit(run_verb(argv))
 
 
+def inspect(argv: Sequence[str]) -> None:
+    """Show what a checkpoint holds: step, stage, data, arrays, versions, and whether its files are whole."""
+    parser = argparse.ArgumentParser(prog="jaxvlm inspect", description=inspect.__doc__)
+    parser.add_argument("checkpoint", metavar="CKPT", help="a run's --workdir (its newest), a stage's folder, or one step's")
+    options = parser.parse_args(argv)
+    prepare_jax()
+    from jaxvlm.train.inspect_checkpoint import describe_checkpoint
+
+    print(describe_checkpoint(Path(options.checkpoint)))
+
+
 def report(argv: Sequence[str]) -> None:
     """Show a run's scores and write its report.html again."""
     parser = argparse.ArgumentParser(prog="jaxvlm report", description=report.__doc__)
@@ -305,6 +325,7 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "import": import_checkpoint,
     "export": export,
     "data": data,
+    "inspect": inspect,
     "report": report,
     "doctor": doctor,
 }
@@ -328,9 +349,22 @@ def main(argv: Sequence[str]) -> int:
         return 0
     except KeyboardInterrupt:
         print("\nStopped.", file=sys.stderr)
-        return 130
+        code = 130
     except Exception as error:
-        return _explain(error, argv)
+        code = _explain(error, argv)
+    if code and verb is train:
+        _leave_peers(code)
+    return code
+
+
+def _leave_peers(code: int) -> None:
+    """Ends a process of several at once: Python's own way out waits for the others, who wait for this one."""
+    import jax
+
+    from jaxvlm.parallel import processes
+
+    if jax.distributed.is_initialized():
+        processes.leave(code)
 
 
 def _explain(error: Exception, argv: Sequence[str]) -> int:
@@ -339,7 +373,7 @@ def _explain(error: Exception, argv: Sequence[str]) -> int:
 
     if isinstance(error, Interrupted):
         command = f"python -m jaxvlm.main {shlex.join(argv)}"
-        print(f"\n{error}\nTo go on, run the same command again:\n  {command}", file=sys.stderr)
+        print(f"\n{error}\nTo go on, run the same command again:\n  {command}", flush=True)  # once: process 0 alone has a stdout
         return 0 if error.signum == signal.SIGTERM else 130  # a preemption that was saved is not a failure
     if not isinstance(error, UserError | OSError) or os.environ.get("JAXVLM_DEBUG"):
         raise error
