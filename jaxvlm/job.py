@@ -23,7 +23,7 @@ from jaxvlm.data.assets import resolve_assets
 from jaxvlm.data.loader import Loader
 from jaxvlm.data.mixture import mixture_table
 from jaxvlm.evals import report, runner, tasks
-from jaxvlm.infer.engine import Engine, load
+from jaxvlm.infer.engine import Engine
 from jaxvlm.models.lora import merge_lora
 from jaxvlm.models.vlm import abstract_params, logical_axes
 from jaxvlm.parallel.mesh import make_mesh
@@ -83,23 +83,31 @@ def run(config: RunConfig, workdir: str | Path) -> dict[str, Any]:
         model, params = without_adapters(config.model, params)
         save_model(workdir / "model", params, model, config.prompt, model_notes(config, results) if alone else {})
         print(f"\nModel saved to {workdir / 'model'}.\n")
-        scores = None
-        if config.eval.task and jax.process_count() == 1:
-            scores = evaluate(Engine(model, config.prompt, params, mesh=mesh), config, workdir / "eval")
-    if config.eval.task and jax.process_count() > 1 and alone:
-        scores = evaluate_alone(config, workdir)
+        engine_mesh = mesh
+        if config.eval.task and jax.process_count() > 1:
+            engine_mesh, params = local_copy(model, params)
+    scores = None
+    if config.eval.task and alone:
+        scores = evaluate(Engine(model, config.prompt, params, mesh=engine_mesh), config, workdir / "eval")
     made = finish(config, workdir, results, scores, started) if alone else {}
     barrier("end", EVALUATION_SECONDS)  # nobody leaves before process 0, which holds the coordination service
     return made
 
 
-def evaluate_alone(config: RunConfig, workdir: Path) -> dict[str, Any]:
-    """The evaluation on this process's own devices, of the model just saved, while the other processes wait.
+def local_copy(model: ModelConfig, params: dict) -> tuple[Mesh, dict]:
+    """A mesh of process 0's own devices and the parameters on it: process 0 evaluates while the others wait.
 
-    It must fit those devices; `jaxvlm eval --run WORKDIR` evaluates afterwards, anywhere.
+    The model must fit those devices; where it does not, set config.eval.task = "" and run `jaxvlm eval` where it does.
+    All processes must call, to hand over their parts; the others keep nothing.
     """
     mesh = make_mesh(MeshConfig(), jax.local_devices())
-    return evaluate(load(workdir, dtype=None, mesh=mesh), config, workdir / "eval")
+    shardings = flat(param_shardings(logical_axes(model), abstract_params(model), mesh))
+    kept = {}
+    for path, leaf in flat(params).items():
+        value = whole(leaf)
+        if jax.process_index() == 0:
+            kept[path] = jax.device_put(value, shardings[path])
+    return mesh, unflatten_dict(kept, sep="/")
 
 
 def claim_workdir(config: RunConfig, workdir: Path) -> None:
