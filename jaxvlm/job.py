@@ -18,7 +18,17 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
 import jaxvlm
-from jaxvlm.config import ConfigError, LoRAConfig, MeshConfig, ModelConfig, RunConfig, StageConfig, build, differences, to_dict
+from jaxvlm.config import (
+    ConfigError,
+    LoRAConfig,
+    MeshConfig,
+    ModelConfig,
+    RunConfig,
+    StageConfig,
+    build,
+    differences,
+    to_dict,
+)
 from jaxvlm.data.assets import resolve_assets
 from jaxvlm.data.loader import Loader
 from jaxvlm.data.mixture import mixture_table

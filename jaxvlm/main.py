@@ -272,7 +272,9 @@ def data(argv: Sequence[str]) -> None:
 def inspect(argv: Sequence[str]) -> None:
     """Show what a checkpoint holds: step, stage, data, arrays, versions, and whether its files are whole."""
     parser = argparse.ArgumentParser(prog="jaxvlm inspect", description=inspect.__doc__)
-    parser.add_argument("checkpoint", metavar="CKPT", help="a run's --workdir (its newest), a stage's folder, or one step's")
+    parser.add_argument(
+        "checkpoint", metavar="CKPT", help="a run's --workdir (its newest), a stage's folder, or one step's"
+    )
     options = parser.parse_args(argv)
     prepare_jax()
     from jaxvlm.train.inspect_checkpoint import describe_checkpoint
@@ -373,7 +375,9 @@ def _explain(error: Exception, argv: Sequence[str]) -> int:
 
     if isinstance(error, Interrupted):
         command = f"python -m jaxvlm.main {shlex.join(argv)}"
-        print(f"\n{error}\nTo go on, run the same command again:\n  {command}", flush=True)  # once: process 0 alone has a stdout
+        print(
+            f"\n{error}\nTo go on, run the same command again:\n  {command}", flush=True
+        )  # once: process 0 alone has a stdout
         return 0 if error.signum == signal.SIGTERM else 130  # a preemption that was saved is not a failure
     if not isinstance(error, UserError | OSError) or os.environ.get("JAXVLM_DEBUG"):
         raise error

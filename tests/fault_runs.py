@@ -202,7 +202,10 @@ class Row(NamedTuple):
 
 def fault_killed(workdir: Path, where: str) -> Row:
     job = Job(workdir, 2)
-    ready = {"idle": lambda: any(workdir.glob("eval/answers-*.jsonl")), "stepping": lambda: last_step(workdir) >= (1, 7)}
+    ready = {
+        "idle": lambda: any(workdir.glob("eval/answers-*.jsonl")),
+        "stepping": lambda: last_step(workdir) >= (1, 7),
+    }
     assert job.until(ready.get(where, lambda: saving(workdir) and last_step(workdir) >= (1, 4))), job.text()
     job.children[1].kill()
     codes, took = job.end()
@@ -233,7 +236,12 @@ def fault_disk_full(workdir: Path) -> Row:
     codes, _ = job.end(60)
     ballast.unlink()
     assert "disk is full" in job.text(), job.text()
-    return Row("disk full while saving", "process 0 names folder, size and free space (exit 1)", time.monotonic() - start, codes)
+    return Row(
+        "disk full while saving",
+        "process 0 names folder, size and free space (exit 1)",
+        time.monotonic() - start,
+        codes,
+    )
 
 
 def fault_bit_flip(workdir: Path) -> Row:
@@ -272,7 +280,9 @@ def fault_sigterm(workdir: Path) -> Row:
 def small_disk(folder: Path) -> Iterator[Path | None]:
     """A file system of 48 MB, where this user may mount one."""
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", folder], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", folder], capture_output=True, check=False
+    )
     try:
         yield folder if mounted.returncode == 0 else None
     finally:
@@ -355,18 +365,28 @@ def main() -> None:
 def write(out: Path, rows: list[Row], done: list[tuple[int, Kill]], drift: tuple[float, float], seconds: float) -> None:
     """Puts the measurements between the page's two marks."""
     lines = [f"{len(done)} kills and {len(rows)} faults in {seconds / 60:.0f} minutes on {os.cpu_count()} cores.", ""]
-    lines += ["| fault | what happened | exit codes | until all had ended or gone on | parameters |", "|---|---|---|---|---|"]
+    lines += [
+        "| fault | what happened | exit codes | until all had ended or gone on | parameters |",
+        "|---|---|---|---|---|",
+    ]
     for row in rows:
         codes = ", ".join("killed by the launcher" if code is None else str(code) for code in row.codes)
         lines.append(f"| {row.fault} | {row.what} | {codes} | {row.seconds:.1f} s | same bits |")
-    lines += ["", "| killed (-9) in | processes | kills | peers ended after (median, most) | parameters |", "|---|---|---|---|---|"]
+    lines += [
+        "",
+        "| killed (-9) in | processes | kills | peers ended after (median, most) | parameters |",
+        "|---|---|---|---|---|",
+    ]
     for processes in (2, 4):
         for where in ("data", "step", "save", "eval"):
             times = [kill.seconds for count, kill in done if (count, kill.where) == (processes, where)]
             if times:
                 spread = f"{np.median(times):.1f} s, {max(times):.1f} s"
                 lines.append(f"| {where} | {processes} | {len(times)} | {spread} | same bits |")
-    lines += ["", f"4 processes, then 2, then 1: no loss differs by more than {drift[0]:.1e} of its value from the run of one process."]
+    lines += [
+        "",
+        f"4 processes, then 2, then 1: no loss differs by more than {drift[0]:.1e} of its value from the run of one process.",
+    ]
     before, after = out.read_text().split("<!-- measured -->\n")[::2]
     out.write_text(before + "<!-- measured -->\n" + "\n".join(lines) + "\n<!-- measured -->\n" + after)
 

@@ -25,7 +25,17 @@ from jaxvlm.config import ConfigError, UserError
 RETRY = 75  # EX_TEMPFAIL: what went wrong is the machine's doing; the same command again goes on
 BARRIER_SECONDS = 1800.0
 # What jax, gloo, NCCL and the coordination service say when a peer is gone. Anything else is an error of our own.
-LOST = ("gloo", "nccl", "connection", "heartbeat", "unavailable", "deadline_exceeded", "barrier", "coordination", "aborted")
+LOST = (
+    "gloo",
+    "nccl",
+    "connection",
+    "heartbeat",
+    "unavailable",
+    "deadline_exceeded",
+    "barrier",
+    "coordination",
+    "aborted",
+)
 T = TypeVar("T")
 
 
@@ -50,7 +60,9 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
     missing = [flag for flag, value in given.items() if value is None]
     plain = not missing
     if missing and (num_processes is not None or process_id is not None or "JAXVLM_NUM_PROCESSES" in env):
-        raise ConfigError(f"A process of several needs all of --coordinator, --num_processes and --process_id; add {missing[0]}.")
+        raise ConfigError(
+            f"A process of several needs all of --coordinator, --num_processes and --process_id; add {missing[0]}."
+        )
     if plain or _on_cluster():
         # Our own handler stops the job at a step that all agree on; jax's would swallow SIGTERM.
         jax.config.update("jax_enable_preemption_service", False)
@@ -81,7 +93,9 @@ def refuse_to_be_alone(env: Any, process_count: int) -> None:
     named = {
         f"TPU_WORKER_HOSTNAMES names {len(hosts)} hosts": len(hosts),
         f"MEGASCALE_NUM_SLICES is {env.get('MEGASCALE_NUM_SLICES')}": int(env.get("MEGASCALE_NUM_SLICES") or 1),
-        f"SLURM_NTASKS is {env.get('SLURM_NTASKS')}": int(env.get("SLURM_NTASKS") or 1) if "SLURM_STEP_ID" in env else 1,
+        f"SLURM_NTASKS is {env.get('SLURM_NTASKS')}": int(env.get("SLURM_NTASKS") or 1)
+        if "SLURM_STEP_ID" in env
+        else 1,
     }
     if process_count == 1 and (why := next((text for text, count in named.items() if count > 1), "")):
         raise ConfigError(
@@ -115,7 +129,9 @@ def describe_mesh(mesh: Mesh) -> str:
     if jax.process_count() > 1:
         for process in range(jax.process_count()):
             where = np.argwhere(owners == process)
-            spans = [f"{a} {low}-{high}" for a, low, high in zip(mesh.shape, where.min(0), where.max(0), strict=True) if high]
+            spans = [
+                f"{a} {low}-{high}" for a, low, high in zip(mesh.shape, where.min(0), where.max(0), strict=True) if high
+            ]
             ids = ",".join(str(device.id) for device in mesh.devices[owners == process])
             lines.append(f"  process {process}: devices {ids}: {', '.join(spans) or 'all axes 0'}")
     return "\n".join(lines)
@@ -235,11 +251,16 @@ class Watchdog:
         while not self.closed.wait(every):
             silent = time.monotonic() - self.beat_at
             if self.seconds and silent > self.seconds:
-                print(f"error: no step for {silent:.0f} s after step {self.step}. The stacks of this process:", file=sys.stderr)
+                print(
+                    f"error: no step for {silent:.0f} s after step {self.step}. The stacks of this process:",
+                    file=sys.stderr,
+                )
                 faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
                 leave(RETRY)
             with contextlib.suppress(OSError):  # a full disk is the checkpoint's to report
-                self.path.write_text(json.dumps({"step": self.step, "time": time.time(), "silent_seconds": round(silent, 1)}))
+                self.path.write_text(
+                    json.dumps({"step": self.step, "time": time.time(), "silent_seconds": round(silent, 1)})
+                )
 
 
 @contextlib.contextmanager
@@ -258,7 +279,10 @@ def leaving_peers() -> Iterator[None]:
             raise
         traceback.print_exception(error)
         if lost_peer(error):
-            print("error: another process of the job is gone. Run the same command again everywhere: it resumes.", file=sys.stderr)
+            print(
+                "error: another process of the job is gone. Run the same command again everywhere: it resumes.",
+                file=sys.stderr,
+            )
             leave(RETRY)
         leave(1)
 
@@ -270,7 +294,8 @@ def lost_peer(error: BaseException) -> bool:
         causes.append(error)
         error = error.__cause__ or error.__context__
     return any(
-        isinstance(cause, jax.errors.JaxRuntimeError) and any(word in str(cause).lower() for word in LOST) for cause in causes
+        isinstance(cause, jax.errors.JaxRuntimeError) and any(word in str(cause).lower() for word in LOST)
+        for cause in causes
     )
 
 

@@ -112,14 +112,18 @@ class StageCheckpointer:
             for old in self.manifests.glob("*.json"):
                 if jax.process_index() == 0 and not (self.directory / old.name.split(".")[0]).is_dir():
                     old.unlink(missing_ok=True)
-            write_json(self.manifests / f"{step}.{jax.process_index()}.json", {"jaxvlm": jaxvlm.__version__, "files": files})
+            write_json(
+                self.manifests / f"{step}.{jax.process_index()}.json", {"jaxvlm": jaxvlm.__version__, "files": files}
+            )
         except BaseException as error:  # `_finish` raises it where somebody can read it
             self._failure.append(error)
 
     def _set_damaged_aside(self) -> None:
         """Moves checkpoints whose files are not as they were written out of orbax's sight, newest first, and says so."""
-        for name in sorted((p.name for p in self.directory.iterdir() if "tmp" in p.name and jax.process_index() == 0)):
-            print(f"  WARNING: {self.directory / name} is half-written (the run was stopped meanwhile) and is not used.")
+        for name in sorted(p.name for p in self.directory.iterdir() if "tmp" in p.name and jax.process_index() == 0):
+            print(
+                f"  WARNING: {self.directory / name} is half-written (the run was stopped meanwhile) and is not used."
+            )
         steps = sorted((int(p.name) for p in self.directory.iterdir() if p.name.isdigit()), reverse=True)
         for step in steps:
             started = time.perf_counter()
@@ -129,8 +133,11 @@ class StageCheckpointer:
                 print(f"  checkpoint {step}: files verified against their checksums in {took:.1f} s")
                 return
             if bad:
-                print(f"WARNING: checkpoint {self.directory / str(step)} is damaged: {'; '.join(bad[:3])}. The one before it "
-                      "is used, if there is one, and the steps since are trained again.", flush=True)
+                print(
+                    f"WARNING: checkpoint {self.directory / str(step)} is damaged: {'; '.join(bad[:3])}. The one before it "
+                    "is used, if there is one, and the steps since are trained again.",
+                    flush=True,
+                )
             if jax.process_index() == 0:
                 aside = self.directory.parent / "damaged"
                 aside.mkdir(exist_ok=True)
@@ -167,7 +174,9 @@ def damaged(folder: Path, manifests: Path) -> list[str]:
         if not path.is_file():
             problems.append(f"{name} is missing")
         elif (found := checksum(path)) != expected[name]:
-            problems.append(f"{name} has {found[0]} bytes and CRC {found[1]:08x}, not {expected[name][0]} and {expected[name][1]:08x}")
+            problems.append(
+                f"{name} has {found[0]} bytes and CRC {found[1]:08x}, not {expected[name][0]} and {expected[name][1]:08x}"
+            )
     return problems
 
 
@@ -178,7 +187,9 @@ def content_hash(tree: dict) -> str:
     """
 
     def of(x: jax.Array) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]).astype(jnp.uint32)
+        bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]).astype(
+            jnp.uint32
+        )
         weight = jnp.ones(x.shape, jnp.uint32)
         for axis in range(x.ndim):
             weight = weight * jnp.uint32(2654435761) + 2 * jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
@@ -186,7 +197,9 @@ def content_hash(tree: dict) -> str:
 
     leaves = flat(tree)
     sums = jax.device_get(jax.jit(lambda values: [of(x) for x in values])(list(leaves.values())))
-    text = json.dumps([(path, x.shape, str(x.dtype), int(s)) for (path, x), s in zip(leaves.items(), sums, strict=True)])
+    text = json.dumps(
+        [(path, x.shape, str(x.dtype), int(s)) for (path, x), s in zip(leaves.items(), sums, strict=True)]
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

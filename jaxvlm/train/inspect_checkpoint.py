@@ -15,7 +15,7 @@ from jaxvlm.weights.saved import CheckpointError
 def describe_checkpoint(path: Path) -> str:
     """The table of `jaxvlm inspect`. Raises `CheckpointError` where there is no checkpoint, naming what was looked for."""
     folder = newest(path.absolute())
-    about = ocp.load_checkpointables(folder, {"about": None})["about"]
+    about = ocp.load_checkpointables(folder, {"about": {}})["about"]
     stored = ocp.metadata(folder, checkpointable_name="state").metadata
     rows = [
         ("/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys), leaf)
@@ -31,10 +31,14 @@ def describe_checkpoint(path: Path) -> str:
         f"stage '{about['stage']}', step {folder.name} of {about['steps']}, seed {about['seed']}",
         f"data {about['data']}, frozen weights {about['frozen']} from {about['origin']}",
         f"optimizer {about['optimizer']}",
-        "files: " + ("; ".join(problems) if problems else "as their checksums say" if known else "no checksums were written"),
+        "files: "
+        + ("; ".join(problems) if problems else "as their checksums say" if known else "no checksums were written"),
         f"{len(rows)} arrays, {sum(sizes):,} bytes",
     ]
-    lines += [f"  {name:60} {leaf.dtype!s:10} {size:>14,} B  {list(leaf.shape)}" for (name, leaf), size in zip(rows, sizes, strict=True)]
+    lines += [
+        f"  {name:60} {leaf.dtype!s:10} {size:>14,} B  {list(leaf.shape)}"
+        for (name, leaf), size in zip(rows, sizes, strict=True)
+    ]
     return "\n".join(lines)
 
 
@@ -44,8 +48,11 @@ def newest(path: Path) -> Path:
         return path
     for stage in (path, *sorted(path.glob("stages/*"), key=lambda p: -int(p.name.split("_")[0]))):
         for folder in (stage, stage / "checkpoints"):
-            steps = [p for p in folder.glob("*") if p.name.isdigit() and p.is_dir()] if folder.name == "checkpoints" else []
+            steps = (
+                [p for p in folder.glob("*") if p.name.isdigit() and p.is_dir()] if folder.name == "checkpoints" else []
+            )
             if steps:
                 return max(steps, key=lambda p: int(p.name))
-    raise CheckpointError(f"{path} holds no checkpoint. Give a run's --workdir, stages/N_NAME in it, or checkpoints/STEP in that.")
-
+    raise CheckpointError(
+        f"{path} holds no checkpoint. Give a run's --workdir, stages/N_NAME in it, or checkpoints/STEP in that."
+    )

@@ -47,10 +47,11 @@ def train_stage(
 ) -> tuple[dict, StageResult | None]:
     """Trains `stage` from `params`, or from its newest checkpoint in `directory`; returns the new parameters.
 
-    Runs inside `jax.set_mesh`, in every process of the job, and takes the buffers of `params` over; `origin` says where the
-    frozen ones come from, for the checkpoint. The result is process 0's to tell, and None in the others. Raises `ConfigError` for a batch that does not divide,
-    `DivergedError` when the loss is no number, and `Interrupted`, everything saved, when SIGINT or SIGTERM arrives
-    in any process.
+    Runs inside `jax.set_mesh`, in every process of the job, and takes the buffers of `params` over. `origin` says where the
+    frozen ones come from, for the checkpoint. The result is process 0's to tell, and None in the others.
+
+    Raises `ConfigError` for a batch that does not divide, `DivergedError` when the loss is no number, and `Interrupted`,
+    everything saved, when SIGINT or SIGTERM arrives in any process.
     """
     # Model and state ---------------------------------------------------------------------------------------------
     shards = mesh.shape["data"] * mesh.shape["fsdp"]

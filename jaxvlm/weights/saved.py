@@ -159,7 +159,10 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def explain_full_disk(directory: Path, size: int = 0) -> Iterator[None]:
-    """Turns a full disk or a lost permission, however deep it was noticed, into one sentence; `size` is what was to be written, in bytes."""
+    """Turns a full disk or a lost permission, however deep it was noticed, into one sentence.
+
+    `size` is what was to be written, in bytes.
+    """
     try:
         yield
     except CheckpointError:
