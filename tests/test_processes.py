@@ -11,9 +11,9 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from fault_runs import local
 import numpy as np
 import pytest
+from fault_runs import local
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxvlm.config import CheckpointConfig, ConfigError, MeshConfig
@@ -115,7 +115,9 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, dama
     largest = max(files, key=lambda p: p.stat().st_size)
     data = bytearray(largest.read_bytes())
     data[len(data) // 2] ^= 16
-    {"flip": lambda: largest.write_bytes(data), "cut": lambda: os.truncate(largest, 9), "delete": largest.unlink}[damage]()
+    {"flip": lambda: largest.write_bytes(data), "cut": lambda: os.truncate(largest, 9), "delete": largest.unlink}[
+        damage
+    ]()
     assert largest.name in describe_checkpoint(tmp_path)
     saver = StageCheckpointer(tmp_path / "checkpoints", CheckpointConfig(keep=2), about())
     assert saver.latest_step() == 2
@@ -141,7 +143,10 @@ def test_the_hash_of_the_frozen_weights_sees_every_bit_and_no_mesh():
         assert content_hash(jax.tree.map(lambda x, spread=spread: jax.device_put(x, spread), one)) == first
     x = one["a"]["b"]
     swapped = x.at[0, 1].set(x[1, 0]).at[1, 0].set(x[0, 1])
-    assert len({first, content_hash({"a": {"b": swapped}}), content_hash({"a": {"c": x}}), content_hash({"a": {"b": -x}})}) == 4
+    assert (
+        len({first, content_hash({"a": {"b": swapped}}), content_hash({"a": {"c": x}}), content_hash({"a": {"b": -x}})})
+        == 4
+    )
 
 
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), ValueError("open: Read-only file system")])

@@ -15,7 +15,10 @@ from jaxvlm.weights.saved import CheckpointError
 def describe_checkpoint(path: Path) -> str:
     """The table of `jaxvlm inspect`. Raises `CheckpointError` where there is no checkpoint, naming what was looked for."""
     folder = newest(path.absolute())
-    about = ocp.load_checkpointables(folder, {"about": {}})["about"]
+    manifests = folder.parent.parent / "manifests"
+    if problems := damaged(folder, manifests):
+        return f"{folder}\ndamaged, not to be read: {'; '.join(problems)}"
+    about = ocp.load_checkpointables(folder, {"about": None})["about"]
     stored = ocp.metadata(folder, checkpointable_name="state").metadata
     rows = [
         ("/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys), leaf)
@@ -23,16 +26,13 @@ def describe_checkpoint(path: Path) -> str:
         if hasattr(leaf, "shape")
     ]
     sizes = [leaf.dtype.itemsize * math.prod(leaf.shape) for _, leaf in rows]
-    manifests = folder.parent.parent / "manifests"
-    problems = damaged(folder, manifests)
     known = any(manifests.glob(f"{folder.name}.*.json"))
     lines = [
         f"{folder}",
         f"stage '{about['stage']}', step {folder.name} of {about['steps']}, seed {about['seed']}",
         f"data {about['data']}, frozen weights {about['frozen']} from {about['origin']}",
         f"optimizer {about['optimizer']}",
-        "files: "
-        + ("; ".join(problems) if problems else "as their checksums say" if known else "no checksums were written"),
+        "files: " + ("as their checksums say" if known else "no checksums were written"),
         f"{len(rows)} arrays, {sum(sizes):,} bytes",
     ]
     lines += [
