@@ -287,14 +287,17 @@ def leaving_peers() -> Iterator[None]:
         leave(1)
 
 
-def lost_peer(error: BaseException) -> bool:
-    """Whether an error, or what caused it, says that another process of the job is gone or does not answer."""
+def lost_peer(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, says that another process of the job is gone or does not answer.
+
+    By its words: jax raises a failed collective as JaxRuntimeError, or as ValueError where it was dispatched at once.
+    """
     causes: list[BaseException] = []
     while error is not None and error not in causes:
         causes.append(error)
         error = error.__cause__ or error.__context__
     return any(
-        isinstance(cause, jax.errors.JaxRuntimeError) and any(word in str(cause).lower() for word in LOST)
+        isinstance(cause, (RuntimeError, ValueError)) and any(word in str(cause).lower() for word in LOST)
         for cause in causes
     )
 
