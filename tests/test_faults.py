@@ -1,6 +1,9 @@
-"""A handful of the faults of `make test-faults`: a process killed while stepping and saving, and SIGTERM to one of two."""
+"""The faults of `make test-faults`, one by one (slow), and two of them in one run (always)."""
 
 from __future__ import annotations
+
+import random
+import signal
 
 import fault_runs
 import pytest
@@ -13,16 +16,19 @@ def expected(tmp_path_factory):
     return fault_runs.parameters(workdir)
 
 
-def test_sigterm_to_one_process_stops_both_at_one_step(tmp_path, expected):
-    assert fault_runs.run_fault("sigterm", tmp_path, expected).codes == [0, 0]
+def test_killed_and_preempted_it_ends_in_the_same_bits(tmp_path, expected):
+    workdir = tmp_path / "run"
+    job = fault_runs.Job(workdir, 2)
+    assert fault_runs.kill_somewhere(job, "save", random.Random(0)), job.text()
+    codes, _ = job.end()
+    assert -signal.SIGKILL in codes and set(codes) <= {75, -signal.SIGKILL, -signal.SIGABRT}, job.text()
+    assert fault_runs.fault_sigterm(workdir).codes == [0, 0]
+    fault_runs.finish(workdir, 2)
+    fault_runs.assert_same(workdir, expected)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["idle", "stepping", "saving", "sigstop", "flip", "disk"])
+@pytest.mark.parametrize("fault", [*fault_runs.FAULTS, "disk"])
 def test_faults(tmp_path, expected, fault):
     if fault_runs.run_fault(fault, tmp_path, expected) is None:
         pytest.skip("this user may not mount a small disk")
-
-
-def test_killed_anywhere_it_ends_in_the_same_bits(tmp_path, expected):
-    assert len(fault_runs.kills(tmp_path, 2, 2, expected, seed=3)) == 2

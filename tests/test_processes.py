@@ -57,6 +57,23 @@ def test_a_job_ends_with_the_error_that_running_again_does_not_mend(codes, job):
     assert local.job_code(codes) == job
 
 
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllReduce failed: Connection closed by peer"), True),
+        (ValueError("UNKNOWN: Gloo AllGather failed: Read error: Connection reset by peer"), True),  # seen while saving
+        (jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out"), True),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), False),
+        (KeyError("connection"), False),
+    ],
+)
+def test_a_lost_peer_is_told_from_an_error_of_our_own(error, lost):
+    assert processes.lost_peer(error) == lost
+    outer = AssertionError("while saving")
+    outer.__cause__ = error
+    assert processes.lost_peer(outer) == lost
+
+
 def test_a_watchdog_dumps_the_stacks_and_exits_75(tmp_path):
     code = (
         "import sys, time, pathlib; from jaxvlm.parallel.processes import Watchdog\n"
