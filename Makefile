@@ -24,7 +24,7 @@ unexport PYTHONDONTWRITEBYTECODE
 unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow test-plan test-gpu lint format bench models plans notebook clean
+.PHONY: help setup quickstart test test-slow test-faults test-plan test-gpu lint format bench models plans notebook clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -46,6 +46,9 @@ test-slow: $(TEST) ## tests that take minutes each or need the downloaded assets
 
 test-plan: $(VENV)/.installed-test,plan-tpu,plan-gpu ## compile for TPU and GPU topologies, no accelerator needed (1.5 GB more; up to an hour)
 	$(call PYTEST,-m plan tests)
+
+test-faults: $(TEST) ## 50 kills and every other fault, on jobs of 2 and 4 processes; writes docs/reliability.md (half an hour)
+	$(BIN)/python tests/fault_runs.py $(ARGS)
 
 test-gpu: $(TEST) ## kernels and train step on an NVIDIA GPU; says so and stops where there is none
 	@if [ -e /dev/nvidiactl ] || [ -e /dev/dxg ] || nvidia-smi -L >/dev/null 2>&1; then \

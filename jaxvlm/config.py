@@ -369,7 +369,9 @@ class InitConfig:
 @dataclass(frozen=True)
 class CheckpointConfig:
     every_steps: int = 500
-    keep: int = 2
+    keep: int = 2  # the newest so many
+    keep_every: int = 0  # and for good those whose step is a multiple of this; 0 = none
+    watchdog_seconds: float = 1800.0  # no step done for so long: exit 75 with all stacks; 0 = wait for ever
 
 
 @dataclass(frozen=True)

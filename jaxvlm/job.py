@@ -18,7 +18,16 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
 import jaxvlm
-from jaxvlm.config import ConfigError, ModelConfig, RunConfig, StageConfig, build, differences, to_dict
+from jaxvlm.config import (
+    ConfigError,
+    MeshConfig,
+    ModelConfig,
+    RunConfig,
+    StageConfig,
+    build,
+    differences,
+    to_dict,
+)
 from jaxvlm.data.assets import resolve_assets
 from jaxvlm.data.loader import Loader
 from jaxvlm.data.mixture import mixture_table
@@ -27,6 +36,7 @@ from jaxvlm.infer.engine import Engine
 from jaxvlm.models.lora import merge_all, without_lora
 from jaxvlm.models.vlm import abstract_params, logical_axes
 from jaxvlm.parallel.mesh import make_mesh
+from jaxvlm.parallel.processes import barrier, describe_mesh, first_then_others, whole
 from jaxvlm.parallel.rules import param_shardings
 from jaxvlm.progress import StatusLine, duration
 from jaxvlm.train.features import FeatureTable, cached_features
@@ -40,6 +50,7 @@ from jaxvlm.weights.exporter import keep_adapters
 from jaxvlm.weights.importer import with_initial
 from jaxvlm.weights.saved import CheckpointError, existing_parent, save_model, write_json
 
+EVALUATION_SECONDS = 7 * 24 * 3600.0  # what the others wait for process 0 at most
 PARTS = ("vision", "connector", "llm")
 # Settings that may change between a run and its continuation without changing what is learnt.
 FREE = ("config.log.", "config.checkpoint.", "config.mesh.", "config.eval.", "config.name")
@@ -52,12 +63,20 @@ def run(config: RunConfig, workdir: str | Path) -> dict[str, Any]:
     Returns the content of report.json. Raises `ConfigError`, `DataError`, `WeightsError`, `AssetError` or
     `CheckpointError`, each with the fix in its message, and `Interrupted` after a signal, with everything saved.
     """
-    started = time.perf_counter()
+    started, alone = time.perf_counter(), jax.process_index() == 0
+    if "://" in str(workdir):
+        raise ConfigError(
+            f"--workdir {workdir}: the work directory must be a folder that every process sees, not an address. Mount the "
+            "bucket (gcsfuse, s3fs, a Filestore or NFS share) and give the folder."
+        )
     workdir = Path(workdir)
-    claim_workdir(config, workdir)
+    if alone:
+        claim_workdir(config, workdir)
+    barrier("workdir")
     print(opening(config, workdir), flush=True)
-    config = resolve_assets(config)
+    config = first_then_others("assets", lambda: resolve_assets(config))
     mesh = make_mesh(config.mesh)
+    print(describe_mesh(mesh), flush=True)
     with jax.set_mesh(mesh):
         params = initial_params(config, mesh)
         print(f"Model: {', '.join(describe(params))} parameters, computing in {config.model.dtype}.")
@@ -65,14 +84,39 @@ def run(config: RunConfig, workdir: str | Path) -> dict[str, Any]:
         results = []
         for number, stage in enumerate(config.stages):
             params, result = run_stage(number, stage, config, params, mesh, workdir)
-            results.append(result)
-        keep_adapters(params, config.model, workdir / "adapters")
+            results.append(result)  # None in all processes but the first
+        if config.model.llm.lora.rank:
+            lora = {path: whole(leaf) if "lora_" in path else leaf for path, leaf in flat(params).items()}
+            if alone:
+                keep_adapters(unflatten_dict(lora, sep="/"), config.model, workdir / "adapters")
         model, params = without_adapters(config.model, params)
-        save_model(workdir / "model", params, model, config.prompt, model_notes(config, results))
+        save_model(workdir / "model", params, model, config.prompt, model_notes(config, results) if alone else {})
         print(f"\nModel saved to {workdir / 'model'}.\n")
-        engine = Engine(model, config.prompt, params, mesh=mesh)
-        scores = evaluate(engine, config, workdir / "eval") if config.eval.task else None
-    return finish(config, workdir, results, scores, started)
+        engine_mesh = mesh
+        if config.eval.task and jax.process_count() > 1:
+            engine_mesh, params = local_copy(model, params)
+    scores = None
+    if config.eval.task and alone:
+        scores = evaluate(Engine(model, config.prompt, params, mesh=engine_mesh), config, workdir / "eval")
+    made = finish(config, workdir, results, scores, started) if alone else {}
+    barrier("end", EVALUATION_SECONDS)  # nobody leaves before process 0, which holds the coordination service
+    return made
+
+
+def local_copy(model: ModelConfig, params: dict) -> tuple[Mesh, dict]:
+    """A mesh of process 0's own devices and the parameters on it: process 0 evaluates while the others wait.
+
+    The model must fit those devices; where it does not, set config.eval.task = "" and run `jaxvlm eval` where it does.
+    All processes must call, to hand over their parts; the others keep nothing.
+    """
+    mesh = make_mesh(MeshConfig(), jax.local_devices())
+    shardings = flat(param_shardings(logical_axes(model), abstract_params(model), mesh))
+    kept = {}
+    for path, leaf in flat(params).items():
+        value = whole(leaf)
+        if jax.process_index() == 0:
+            kept[path] = jax.device_put(value, shardings[path])
+    return mesh, unflatten_dict(kept, sep="/")
 
 
 def claim_workdir(config: RunConfig, workdir: Path) -> None:
@@ -158,7 +202,7 @@ def check_disk(params: dict, config: RunConfig, workdir: Path) -> None:
 
 def run_stage(
     number: int, stage: StageConfig, config: RunConfig, params: dict, mesh: Mesh, workdir: Path
-) -> tuple[dict, StageResult]:
+) -> tuple[dict, StageResult | None]:
     """Reads the stage's data, caches frozen features if it asks for that, and trains."""
     trainable, _ = split(params, stage.trainable)
     print(
@@ -166,7 +210,8 @@ def run_stage(
         f"{count(params) / 1e6:.1f} M parameters"
     )
 
-    data = stage_loader(number, config, skipped=workdir / f"skipped_{stage.name}.jsonl")
+    skipped = workdir / f"skipped_{stage.name}.jsonl"
+    data = first_then_others(f"data of stage {number}", lambda: stage_loader(number, config, skipped=skipped))
     stats = data.stats()
     slots = f", {stats['tile_fill']:.0%} of {stats['tiles_per_row']} tile slots" if stats["images"] else ""
     print(
@@ -179,18 +224,27 @@ def run_stage(
     if stage.cache_features:
         if "vision" in trainable:
             raise ConfigError(f"Stage '{stage.name}' trains the vision tower, so cache_features must be False.")
-        data = stage_loader(number, config, features=stage_features(number, config, params["vision"], workdir))
+        features = stage_features(number, config, params["vision"], workdir)
+        data = stage_loader(number, config, features)
     if number == 0 and config.init.connector_start == "ridge":
-        params = ridge_start(config.model, params, data)
+        rows = stage_loader(number, config, features, process=(0, 1)) if stage.cache_features else data
+        params = ridge_start(config.model, params, rows)
     directory = workdir / "stages" / f"{number}_{stage.name}"
-    return train_stage(stage, config.model, params, data, mesh, directory, config.checkpoint, config.log)
+    origin = {"init": to_dict(config.init), "stages before": [before.name for before in config.stages[:number]]}
+    more = (config.checkpoint, config.log, origin)
+    return train_stage(stage, config.model, params, data, mesh, directory, *more)
 
 
 def stage_loader(
-    number: int, config: RunConfig, features: FeatureTable | None = None, skipped: Path | None = None
+    number: int,
+    config: RunConfig,
+    features: FeatureTable | None = None,
+    skipped: Path | None = None,
+    process: tuple[int, int] | None = None,
 ) -> Loader:
-    """The batches of stage `number`."""
+    """The batches of stage `number`: this process's rows of them, or those of the `process` (index, count)."""
     stage = config.stages[number]
+    index, count = process or (jax.process_index(), jax.process_count())
     return Loader(
         stage.data,
         config.prompt,
@@ -199,8 +253,8 @@ def stage_loader(
         steps=stage.steps,
         epochs=stage.epochs,
         seed=config.seed + number,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=index,
+        process_count=count,
         features=features,
         skipped_path=skipped,
         log=lambda message: print(f"  {message}", flush=True),
@@ -216,16 +270,25 @@ def stage_features(number: int, config: RunConfig, vision_params: dict, workdir:
     alike = [i for i, stage in enumerate(config.stages) if stage.cache_features and transform(i) == transform(number)]
     images = sorted(set().union(*(stage_loader(i, config).image_paths() for i in alike)))
     line = StatusLine()
-    table = cached_features(
-        config.model,
-        vision_params,
-        images,
-        dataclasses.replace(config.prompt, transform=transform(number)),
-        workdir / "features",
-        on_progress=lambda done, total: line.show(f"  vision features {done:,}/{total:,} images"),
-    )
+
+    def table() -> FeatureTable:
+        return cached_features(
+            config.model,
+            vision_params,
+            images,
+            dataclasses.replace(config.prompt, transform=transform(number)),
+            workdir / "features",
+            on_progress=lambda done, total: line.show(f"  vision features {done:,}/{total:,} images"),
+        )
+
+    if jax.process_count() == 1:
+        found = table()
+    else:  # process 0 computes them on its own devices, with a tower of its own; the others read its files
+        vision_params = jax.tree.map(whole, vision_params)
+        with jax.set_mesh(make_mesh(MeshConfig(), jax.local_devices())):
+            found = first_then_others(f"features of stage {number}", table)
     line.end()
-    return table
+    return found
 
 
 def model_notes(config: RunConfig, results: list[StageResult]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ The main job, every stage and then the evaluation, resumed where it stopped if i
     --profile_steps A:B                  trace these steps of every stage, to look at with xprof
     --print_config                       show every setting and stop
     --dry_run                            compile every stage for this machine, say whether it fits, and stop
+    --coordinator HOST:PORT --num_processes N --process_id I   one process of several, where no cluster tells (docs/reliability.md)
 
 Verbs (`jaxvlm VERB --help` for each):
   chat       talk about an image with a trained model
@@ -35,6 +36,7 @@ Verbs (`jaxvlm VERB --help` for each):
   export     write a model as a folder that transformers, vLLM, LLaVA's code or PEFT load
   data       verify, inspect, count and convert data sets
   plan       does it fit on v5e-256, h100-64, ..., and what will it cost? Without the hardware
+  inspect    show what a checkpoint holds
   report     show a run's scores and make its report.html again
   doctor     what this machine has, and what to do about what is missing
 """
@@ -105,6 +107,9 @@ def train(argv: Sequence[str]) -> None:
     parser.add_argument("--print_config", action="store_true")
     parser.add_argument("--dry_run", action="store_true")
     parser.add_argument("--profile_steps", metavar="A:B")
+    parser.add_argument("--coordinator")
+    parser.add_argument("--num_processes", type=int)
+    parser.add_argument("--process_id", type=int)
     options, overrides = parser.parse_known_args(argv)
     strange = [arg for arg in overrides if not arg.startswith("--config.")]
     if strange:
@@ -127,7 +132,11 @@ def train(argv: Sequence[str]) -> None:
         return
     if not options.workdir:
         raise ConfigError("Give --workdir, the folder for checkpoints, metrics and the report.")
-    run(config, options.workdir)
+    from jaxvlm.parallel import processes
+
+    processes.start(options.coordinator, options.num_processes, options.process_id)
+    with processes.leaving_peers():
+        run(config, options.workdir)
 
 
 def chat(argv: Sequence[str]) -> None:
@@ -286,6 +295,19 @@ def plan(argv: Sequence[str]) -> None:
     raise SystemExit(run_verb(load_config, argv))
 
 
+def inspect(argv: Sequence[str]) -> None:
+    """Show what a checkpoint holds: step, stage, data, arrays, versions, and whether its files are whole."""
+    parser = argparse.ArgumentParser(prog="jaxvlm inspect", description=inspect.__doc__)
+    parser.add_argument(
+        "checkpoint", metavar="CKPT", help="a run's --workdir (its newest), a stage's folder, or one step's"
+    )
+    options = parser.parse_args(argv)
+    prepare_jax()
+    from jaxvlm.train.inspect_checkpoint import describe_checkpoint
+
+    print(describe_checkpoint(Path(options.checkpoint)))
+
+
 def report(argv: Sequence[str]) -> None:
     """Show a run's scores and write its report.html again."""
     parser = argparse.ArgumentParser(prog="jaxvlm report", description=report.__doc__)
@@ -332,6 +354,7 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "export": export,
     "data": data,
     "plan": plan,
+    "inspect": inspect,
     "report": report,
     "doctor": doctor,
 }
@@ -355,9 +378,22 @@ def main(argv: Sequence[str]) -> int:
         return 0
     except KeyboardInterrupt:
         print("\nStopped.", file=sys.stderr)
-        return 130
+        code = 130
     except Exception as error:
-        return _explain(error, argv)
+        code = _explain(error, argv)
+    if code and verb is train:
+        _leave_peers(code)
+    return code
+
+
+def _leave_peers(code: int) -> None:
+    """Ends a process of several at once: Python's own way out waits for the others, who wait for this one."""
+    import jax
+
+    from jaxvlm.parallel import processes
+
+    if jax.distributed.is_initialized():
+        processes.leave(code)
 
 
 def _explain(error: Exception, argv: Sequence[str]) -> int:
@@ -366,7 +402,9 @@ def _explain(error: Exception, argv: Sequence[str]) -> int:
 
     if isinstance(error, Interrupted):
         command = f"python -m jaxvlm.main {shlex.join(argv)}"
-        print(f"\n{error}\nTo go on, run the same command again:\n  {command}", file=sys.stderr)
+        print(
+            f"\n{error}\nTo go on, run the same command again:\n  {command}", flush=True
+        )  # once: process 0 alone has a stdout
         return 0 if error.signum == signal.SIGTERM else 130  # a preemption that was saved is not a failure
     if not isinstance(error, UserError | OSError) or os.environ.get("JAXVLM_DEBUG"):
         raise error

@@ -4,8 +4,9 @@
 
 Every process gets, in its environment, the coordinator's address and its place in the job:
   JAX_COORDINATOR_ADDRESS, JAXVLM_NUM_PROCESSES, JAXVLM_PROCESS_ID
-Their output comes through with a prefix. The exit code is the first failure's (a process killed by signal s
-counts as 128 + s); when one process fails, the others get ten seconds and are then ended.
+Their output comes through with a prefix. When one process fails, the others get a few seconds and are then ended, stopped
+ones too. The exit code is that of an error, if a process had one; 75 if processes were killed or lost each other, which
+the same command mends; 0 if all went well. `--retries N` runs the command again after a 75, at most so many times.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from collections.abc import Callable, Sequence
 from typing import TextIO
 
 GRACE_SECONDS = 10.0  # peers of a failed process notice by themselves in this time, or not at all
+RETRY = 75
 
 
 def environment(process: int, processes: int, devices: int, port: int) -> dict[str, str]:
@@ -87,22 +89,25 @@ def run(command: Sequence[str], processes: int, devices: int, port: int | None =
 
 
 def wait(children: Sequence[subprocess.Popen], clock: Callable[[], float] = time.monotonic) -> int:
-    """Waits for all; returns 0 or the first failure's code. SIGTERM is passed on, for preemption drills."""
+    """Waits for all; returns the job's exit code, see `job_code`. SIGTERM is passed on, for preemption drills."""
     previous = signal.signal(signal.SIGTERM, lambda *_: [child.terminate() for child in children])
-    code, deadline = 0, None
+    deadline = None
     try:
         while any(child.poll() is None for child in children):
-            failed = [child.returncode for child in children if child.poll()]
-            if failed and deadline is None:
-                code = failed[0]
+            if deadline is None and any(child.poll() for child in children):
                 deadline = clock() + GRACE_SECONDS
             if deadline is not None and clock() > deadline:
                 break
             time.sleep(0.05)
     finally:
         signal.signal(signal.SIGTERM, previous)
-    code = code or next((child.returncode for child in children if child.poll()), 0)
-    return 128 - code if code < 0 else code
+    return job_code([child.poll() for child in children])
+
+
+def job_code(codes: Sequence[int | None]) -> int:
+    """The exit code of a job whose processes ended with `codes` (None: it had to be ended, negative: by that signal)."""
+    errors = [code for code in codes if code is not None and code > 0 and code != RETRY]
+    return errors[0] if errors else RETRY if any(code != 0 for code in codes) else 0
 
 
 def main(argv: Sequence[str]) -> int:
@@ -112,6 +117,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--devices", type=int, default=1, help="simulated CPU devices in each process")
     parser.add_argument("--port", type=int, help="the coordinator's port (a free one)")
+    parser.add_argument("--retries", type=int, default=0, help="how often to run the command again after exit code 75")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command to run")
     options = parser.parse_args(argv)
@@ -123,7 +129,11 @@ def main(argv: Sequence[str]) -> int:
             values = environment(process, options.processes, options.devices, options.port or 12345)
             print(*(f"{name}={value}" for name, value in values.items()), shlex.join(command))
         return 0
-    return run(command, options.processes, options.devices, options.port)
+    for _ in range(options.retries + 1):
+        code = run(command, options.processes, options.devices, options.port)
+        if code != RETRY:
+            break
+    return code
 
 
 if __name__ == "__main__":

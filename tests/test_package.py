@@ -166,7 +166,7 @@ class TestLocalLauncher:
         code = "import os, sys; sys.exit(3 * int(os.environ['JAXVLM_PROCESS_ID']))"
         assert self.launch("--", sys.executable, "-c", code).returncode == 3
         code = "import os; os.kill(os.getpid(), 9)"
-        assert self.launch("--", sys.executable, "-c", code).returncode == 128 + 9
+        assert self.launch("--", sys.executable, "-c", code).returncode == 75
         assert self.launch("--processes", "0", "--", "true").returncode == 2
         assert self.launch("--processes", "2").returncode == 2
 

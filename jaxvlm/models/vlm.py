@@ -19,7 +19,16 @@ from jaxvlm.models.llm import LLM, Cache, init_cache
 from jaxvlm.models.towers import join, look, tower
 from jaxvlm.parallel.rules import active_spec
 
-__all__ = ["VLM", "abstract_params", "head_bias", "head_kernel", "head_split", "init_cache", "init_params", "logical_axes"]
+__all__ = [
+    "VLM",
+    "abstract_params",
+    "head_bias",
+    "head_kernel",
+    "head_split",
+    "init_cache",
+    "init_params",
+    "logical_axes",
+]
 
 ROW_END = -2  # in a batch's visual_index: the connector's learned row end
 PROJECT_ALSO = ("qformer_tokens", "qformer_mask", "tile_regions")  # of a batch, for the connectors that read them
@@ -57,7 +66,9 @@ class VLM(nn.Module):
         )
         x = self.embed(tokens, visual_index, visual, blend)
         # Running sums along a row, which each device has whole, and then its own part of them.
-        k_start, k_end = (constrain(x, ("batch", None)) for x in intervals.causal(constrain(batch["segment_ids"], ("batch", None))))
+        k_start, k_end = (
+            constrain(x, ("batch", None)) for x in intervals.causal(constrain(batch["segment_ids"], ("batch", None)))
+        )
         k_start, k_end = (constrain(x, ("batch", "length")) for x in (k_start, k_end))
         after = self._in_llm(visual_index, visual)
         hidden, cache = self.llm(x, positions, k_start, k_end, cache, after)

@@ -13,7 +13,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
-BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64} | {f"{s}{n}": n for s in "su" for n in (4, 8, 16, 32, 64)}
+BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64} | {
+    f"{s}{n}": n for s in "su" for n in (4, 8, 16, 32, 64)
+}
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
@@ -108,7 +110,11 @@ def _groups(text: str, devices: int) -> np.ndarray:
 
 def _only_sliced(name: str, lines: list[str]) -> bool:
     used = re.compile(rf"%?{re.escape(name)}(?![\w.\-])")
-    readers = [line for line in lines if used.search(line.split(" = ", 1)[-1]) and not line.split("=")[0].strip().endswith(name)]
+    readers = [
+        line
+        for line in lines
+        if used.search(line.split(" = ", 1)[-1]) and not line.split("=")[0].strip().endswith(name)
+    ]
     return bool(readers) and all("dynamic-slice" in line for line in readers)
 
 

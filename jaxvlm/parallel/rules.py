@@ -44,7 +44,9 @@ class Rules:
         for name, targets in dataclasses.asdict(self).items():
             unknown = [target for target in targets if target not in AXES]
             if unknown or len(set(targets)) < len(targets):
-                raise ConfigError(f"Rules.{name} = {targets} must be different ones of the mesh axes {', '.join(AXES)}.")
+                raise ConfigError(
+                    f"Rules.{name} = {targets} must be different ones of the mesh axes {', '.join(AXES)}."
+                )
 
 
 RULES = Rules()

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxvlm.config import CheckpointConfig, ConfigError, LogConfig, ModelConfig, StageConfig
+from jaxvlm.config import CheckpointConfig, ConfigError, LogConfig, ModelConfig, StageConfig, UserError, to_dict
 from jaxvlm.data.loader import Loader
 from jaxvlm.models.vlm import VLM, logical_axes
+from jaxvlm.parallel.processes import StopRequest, Watchdog, any_process, leaving_peers
 from jaxvlm.parallel.rules import param_shardings, put_batch
-from jaxvlm.train.checkpoint import StageCheckpointer
+from jaxvlm.train.checkpoint import StageCheckpointer, content_hash
 from jaxvlm.train.metrics import Meter, StageResult
 from jaxvlm.train.optimizer import averaged, make_optimizer, opt_state_shardings
 from jaxvlm.train.state import TrainState, cast, flat, merge, split
@@ -24,7 +26,7 @@ from jaxvlm.train.step import make_step
 from jaxvlm.weights.saved import explain_full_disk
 
 
-class Interrupted(Exception):
+class Interrupted(UserError):
     """Training stopped at a signal, with everything saved. `step` of `total` steps are done."""
 
     def __init__(self, stage: str, step: int, total: int, signum: int):
@@ -41,11 +43,15 @@ def train_stage(
     directory: Path,
     checkpoints: CheckpointConfig,
     log: LogConfig | None = None,
-) -> tuple[dict, StageResult]:
+    origin: dict[str, Any] | None = None,
+) -> tuple[dict, StageResult | None]:
     """Trains `stage` from `params`, or from its newest checkpoint in `directory`; returns the new parameters.
 
-    Runs inside `jax.set_mesh`, and takes the buffers of `params` over. Raises `ConfigError` for a batch that does not divide,
-    `DivergedError` when the loss is no number, and `Interrupted`, everything saved, when SIGINT or SIGTERM arrives.
+    Runs inside `jax.set_mesh`, in every process of the job, and takes the buffers of `params` over. `origin` says where the
+    frozen ones come from, for the checkpoint. The result is process 0's to tell, and None in the others.
+
+    Raises `ConfigError` for a batch that does not divide, `DivergedError` when the loss is no number, and `Interrupted`,
+    everything saved, when SIGINT or SIGTERM arrives in any process.
     """
     # Model and state ---------------------------------------------------------------------------------------------
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -66,11 +72,20 @@ def train_stage(
     del params, trainable, frozen
 
     # Resume ------------------------------------------------------------------------------------------------------
-    saver = StageCheckpointer(directory / "checkpoints", checkpoints.keep)
-    position = {"fingerprint": loader.fingerprint}
+    about = {
+        "stage": stage.name,
+        "data": loader.fingerprint,
+        "seed": loader.seed,
+        "steps": num_steps,
+        "optimizer": to_dict(stage.optimizer),
+        "frozen": content_hash(state.frozen),
+        "origin": origin or {},
+        "model": to_dict(model_config),
+    }
+    saver = StageCheckpointer(directory / "checkpoints", checkpoints, about)
     if saver.latest_step() is not None:
-        state = saver.restore(state, position)
-        print(f"  resuming from step {int(state.step)}")
+        state = saver.restore(state)
+        print(f"  resuming from step {int(state.step)}", flush=True)
     start = int(state.step)
 
     # Compiled step -----------------------------------------------------------------------------------------------
@@ -79,21 +94,29 @@ def train_stage(
         donate_argnums=0,
         out_shardings=(shardings, None),
     )
-    metrics_path = directory.parent.parent / "metrics.jsonl"
+    workdir = directory.parent.parent
+    metrics_path = workdir / "metrics.jsonl" if jax.process_index() == 0 else Path(os.devnull)  # one process writes
     meter = Meter(stage, model_config, state, num_steps, start, metrics_path, log or LogConfig(), loader.stats())
 
     # Loop --------------------------------------------------------------------------------------------------------
-    with explain_full_disk(directory), contextlib.closing(saver), contextlib.closing(meter), _signals() as received:
-        for step, batch in meter.batches(loader.batches(start)):
-            state, metrics = step_fn(state, put_batch(batch, mesh))
-            meter.add(step, batch, metrics)
-            if step % checkpoints.every_steps == 0 or step == num_steps or received:
-                saver.save(state, position, wait=bool(received))
-            if received and step < num_steps:
-                raise Interrupted(stage.name, step, num_steps, received[0])
+    stop, watchdog = StopRequest(directory.name), Watchdog(checkpoints.watchdog_seconds, workdir / "heartbeats")
+    with contextlib.closing(watchdog), explain_full_disk(directory), stop.listening():
+        with contextlib.closing(saver), contextlib.closing(meter), leaving_peers():
+            for step, batch in meter.batches(loader.batches(start)):
+                state, metrics = step_fn(state, put_batch(batch, mesh))
+                meter.add(step, batch, metrics)  # waits for the step before: no more than two are in flight
+                watchdog.beat(step)
+                stopping = stop.agreed(step)
+                if step % checkpoints.every_steps == 0 or step == num_steps or stopping:
+                    saver.save(state, wait=stopping)
+                if stopping and step < num_steps:
+                    raise Interrupted(stage.name, step, num_steps, stop.signum)
+        if any_process(bool(stop.signum)):  # it came too late for a step of this stage, which is saved
+            raise Interrupted(stage.name, num_steps, num_steps, stop.signum or signal.SIGTERM)
+    result = meter.result() if jax.process_index() == 0 else None
     average = averaged(state.opt_state)
     trainable = state.trainable if average is None else jax.device_put(average, shardings.trainable)
-    return merge(trainable, state.frozen), meter.result()
+    return merge(trainable, state.frozen), result
 
 
 def state_shardings(state: TrainState, config: ModelConfig, mesh: Mesh, offload: bool = False) -> TrainState:
@@ -108,25 +131,3 @@ def state_shardings(state: TrainState, config: ModelConfig, mesh: Mesh, offload:
     trainable = of(state.trainable)
     opt_state = opt_state_shardings(state.opt_state, state.trainable, trainable, mesh, offload)
     return TrainState(everything, trainable, of(state.frozen), opt_state)
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM for the loop to see between steps; a second SIGINT stops at once."""
-    received: list[int] = []
-
-    def handler(signum, _):
-        if received:
-            raise KeyboardInterrupt
-        received.append(signum)
-        print("\nStopping after this step, saving first (press Ctrl-C again to stop without saving).", flush=True)
-
-    try:
-        old = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread (a notebook's worker, say): signals stay as they are
-        old = {}
-    try:
-        yield received
-    finally:
-        for s, previous in old.items():
-            signal.signal(s, previous)

@@ -11,9 +11,11 @@ import itertools
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from jaxvlm.config import ConfigError, ModelConfig
 from jaxvlm.data.loader import Loader
+from jaxvlm.parallel.processes import whole
 
 LAYER_NORM_EPS = 1e-5
 REGULARISATION = 100.0  # on features of unit variance, summed over some thousand images
@@ -33,7 +35,7 @@ def ridge_start(config: ModelConfig, params: dict, loader: Loader) -> dict:
     words = [np.unique(tokens) for _, tokens in pairs]
     occurrences = np.bincount(np.concatenate(words), minlength=config.llm.vocab_size)
     telling = occurrences <= len(pairs) / 2
-    embedding = np.asarray(params["llm"]["embed"]["embedding"], np.float64)
+    embedding = whole(params["llm"]["embed"]["embedding"]).astype(np.float64)
 
     x, y = [], []
     for (features, _), tokens in zip(pairs, words, strict=True):
@@ -51,7 +53,10 @@ def ridge_start(config: ModelConfig, params: dict, loader: Loader) -> dict:
 
     old = params["connector"]["linear_1"]
     new = {"kernel": kernel * scale, "bias": bias * scale}
-    solved = {name: jax.device_put(new[name].astype(np.float32), old[name].sharding) for name in new}
+    solved = {}
+    for name, value in new.items():
+        value = multihost_utils.broadcast_one_to_all(value.astype(np.float32))  # the same bits on hosts of two kinds
+        solved[name] = jax.make_array_from_callback(value.shape, old[name].sharding, lambda at, value=value: value[at])
     return params | {"connector": params["connector"] | {"linear_1": solved}}
 
 

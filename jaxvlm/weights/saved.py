@@ -41,7 +41,9 @@ def save_model(directory: Path, params: dict, model: ModelConfig, prompt: Prompt
     context = ocp.Context()
     context.array.saving.use_compression = False  # compressed chunks would all be held: nearly a second model in memory
     with context, explain_full_disk(directory, sum(leaf.nbytes for leaf in jax.tree.leaves(params))):
-        ocp.save((directory / "params").absolute(), params, overwrite=True)
+        ocp.save((directory / "params").absolute(), params, overwrite=True)  # together, if there are several processes
+    if jax.process_index():
+        return
     for name in _tokenizers(prompt):
         (directory / name).mkdir(exist_ok=True)
         for file in Path(getattr(prompt, name)).iterdir():
@@ -157,7 +159,10 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def explain_full_disk(directory: Path, size: int = 0) -> Iterator[None]:
-    """Turns a full disk, however deep it was noticed, into one sentence; `size` is what was to be written, in bytes."""
+    """Turns a full disk or a lost permission, however deep it was noticed, into one sentence.
+
+    `size` is what was to be written, in bytes.
+    """
     try:
         yield
     except CheckpointError:
@@ -165,6 +170,12 @@ def explain_full_disk(directory: Path, size: int = 0) -> Iterator[None]:
     except Exception as error:
         words = ("no space left", "resource_exhausted", "disk quota", "enospc")
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        forbidden = getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS)
+        if forbidden or any(word in str(error).lower() for word in ("permission denied", "read-only file system")):
+            raise CheckpointError(
+                f"Writing under {directory} is not permitted any more ({str(error).splitlines()[0][:200]}). Earlier checkpoints "
+                "are intact. Make the folder writable for this user and run the same command again: it resumes."
+            ) from error
         if not full and not any(word in str(error).lower() for word in words):
             raise
         free = shutil.disk_usage(existing_parent(directory)).free
