@@ -162,7 +162,6 @@ def memory(compiled: Any, state: TrainState) -> dict[str, int]:
     made["temporaries"] = found.temp_size_in_bytes  # activations, gradients, gathered weights, buffers of collectives
     whole = made["arguments"] + made["outputs"] - found.alias_size_in_bytes + made["temporaries"]
     made["peak"] = max(getattr(found, "peak_memory_in_bytes", 0), 0) or whole
-    made["sum"] = whole
     return made
 
 
