@@ -93,7 +93,7 @@ def plans_table(kept: dict) -> str:
                 f"{found['temporaries'] / GIB:.2f}",
                 f"{found['peak'] / GIB:.1f} of {s['limit'] / GIB:.1f}",
                 f"{1 - found['peak'] / s['limit']:.0%}" + ("" if s["fits"] else " (does not fit)"),
-                f"{sent(s):.1f}" if s["sent"] else "not read",
+                f"{sent(s):.1f}",
                 f"{max(s['bounds'].values()):.3f} ({max(s['bounds'], key=s['bounds'].get)})",
                 f"{s['step_seconds']:.2f}",
                 f"{s['samples_per_second']:.0f}",

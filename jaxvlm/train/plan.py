@@ -9,7 +9,8 @@ import dataclasses
 import inspect
 import math
 import re
-import time
+import tempfile
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -119,8 +120,8 @@ def _placed(tree: Any, shardings: Any) -> Any:
 
 def compile_step(
     config: RunConfig, stage: StageConfig, mesh: Mesh, tiles: int, platform: str
-) -> tuple[Any, TrainState]:
-    """The stage's compiled step for the devices of `mesh`, and the abstract state it takes.
+) -> tuple[Any, TrainState, str]:
+    """The stage's compiled step for the devices of `mesh`, the abstract state it takes, and its HLO text.
 
     Raises `ConfigError` for rows or parameters that do not divide over the mesh, and jax's own error (RESOURCE_EXHAUSTED)
     where the compiler finds that the program does not fit.
@@ -139,7 +140,15 @@ def compile_step(
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
     with jax.set_mesh(mesh):  # only now: nothing can be computed on devices that are not there
-        return jitted.trace(state, batch).lower(lowering_platforms=(platform,)).compile(), state
+        lowered = jitted.trace(state, batch).lower(lowering_platforms=(platform,))
+    if platform != "tpu":
+        compiled = lowered.compile()
+        return compiled, state, compiled.as_text()
+    # A libtpu newer than jaxlib writes asynchronous instructions that `as_text` cannot read; its own dump is the same text.
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        (dump,) = Path(folder).glob("*.after_optimizations.txt")
+        return compiled, state, dump.read_text()
 
 
 def memory(compiled: Any, state: TrainState) -> dict[str, int]:
@@ -153,7 +162,6 @@ def memory(compiled: Any, state: TrainState) -> dict[str, int]:
     made["temporaries"] = found.temp_size_in_bytes  # activations, gradients, gathered weights, buffers of collectives
     whole = made["arguments"] + made["outputs"] - found.alias_size_in_bytes + made["temporaries"]
     made["peak"] = max(getattr(found, "peak_memory_in_bytes", 0), 0) or whole
-    made["sum"] = whole
     return made
 
 
@@ -161,10 +169,10 @@ def _shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
-def exchanged(compiled: Any, mesh: Mesh, length: int) -> list[Traffic]:
+def exchanged(hlo: str, mesh: Mesh, length: int) -> list[Traffic]:
     """What devices exchange in a step. The loss is taken to go through all `length` tokens of a row."""
     chunk = inspect.signature(linear_cross_entropy).parameters["chunk"].default
-    return traffic(compiled.as_text(), mesh, math.ceil(length / chunk))
+    return traffic(hlo, mesh, math.ceil(length / chunk))
 
 
 # ---------------------------------------------------------------------------------------------------- what is computed
@@ -226,10 +234,3 @@ def _named(source: Any) -> tuple[int, str]:
         return round(SAMPLES[stem] * source.fraction), f"{stem} as published"
     thousands = re.search(r"(\d+)k$", stem)
     return (round(int(thousands[1]) * 1000 * source.fraction), "the file's name") if thousands else (0, "unknown")
-
-
-def timed_compile(*arguments: Any) -> tuple[Any, TrainState, float]:
-    """`compile_step`, and its seconds."""
-    start = time.perf_counter()
-    compiled, state = compile_step(*arguments)
-    return compiled, state, time.perf_counter() - start
