@@ -17,7 +17,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-from jaxvlm.config import LoRAConfig, ModelConfig, PromptConfig
+from jaxvlm.config import ModelConfig, PromptConfig
 from jaxvlm.models.lora import merge_all, without_lora
 from jaxvlm.weights import hf_files, llava_files
 from jaxvlm.weights.adapters import CONFIG as ADAPTER_CONFIG
