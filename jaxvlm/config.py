@@ -312,10 +312,7 @@ class OptimizerConfig:
 
     name: str = "adamw"  # adamw | adafactor | lion | sgd (see docs/training.md)
     learning_rate: float = 2e-5
-    betas: tuple[float, float] = (
-        0.9,
-        0.999,
-    )  # sgd's momentum is the first; Adafactor and sgd leave it out where it is 0
+    betas: tuple[float, float] = (0.9, 0.999)  # the first is sgd's momentum; sgd and Adafactor have none where it is 0
     eps: float = 1e-8  # AdamW's
     moment_dtype: str = "float32"  # of the first moment: float32 | bfloat16
     weight_decay: float = 0.0  # decoupled, in every optimiser; never of biases and norms
