@@ -48,6 +48,7 @@ class Job:
         command = [sys.executable, "-m", "jaxvlm.main", *CONFIG, *overrides, f"--workdir={workdir}"]
         os.environ["PYTHONPATH"] = str(ROOT)
         self.workdir, self.output, self.started = workdir, [], time.monotonic()
+        self.left = half_written(workdir)
         self.children = local.start(command, processes, 1)
         self.readers = [threading.Thread(target=self._read, args=(child,), daemon=True) for child in self.children]
         for reader in self.readers:
@@ -91,8 +92,13 @@ def last_step(workdir: Path) -> tuple[int, int]:
     return (0, 0)
 
 
-def saving(workdir: Path) -> bool:
-    return any(workdir.glob("stages/*/checkpoints/*tmp*"))
+def half_written(workdir: Path) -> set[tuple[str, int]]:
+    """Folders of checkpoints that are not whole; a killed job leaves some."""
+    found = set()
+    for path in workdir.glob("stages/*/checkpoints/*tmp*"):
+        with contextlib.suppress(FileNotFoundError):
+            found.add((path.name, path.stat().st_ino))
+    return found
 
 
 def finish(workdir: Path, processes: int) -> str:
@@ -150,7 +156,7 @@ def kill_somewhere(job: Job, where: str, rng: random.Random) -> bool:
         hit = job.until(steps_done)
         time.sleep(pause)
     elif where == "save":
-        hit = job.until(lambda: saving(job.workdir))
+        hit = job.until(lambda: half_written(job.workdir) - job.left)
         time.sleep(rng.uniform(0, 0.3))
     else:
         hit = job.until(lambda: any(job.workdir.glob("eval/answers-*.jsonl")))
@@ -182,7 +188,7 @@ def kills(folder: Path, processes: int, count: int, expected: dict, seed: int) -
             break
         done.append(Kill(where, last_step(workdir), codes, took))
         others = [code for code in codes if code != -signal.SIGKILL]
-        assert all(code in (75, -signal.SIGABRT, 0) for code in others), f"{where}: {codes}\n{job.text()}"
+        assert all(code in (75, -signal.SIGABRT, 0, None) for code in others), f"{where}: {codes}\n{job.text()}"
         print(f"  {processes} processes, killed in {where} at {last_step(workdir)}: {codes} {took:.1f} s", flush=True)
     finish(workdir, processes)
     assert_same(workdir, expected)
@@ -206,7 +212,7 @@ def fault_killed(workdir: Path, where: str) -> Row:
         "idle": lambda: any(workdir.glob("eval/answers-*.jsonl")),
         "stepping": lambda: last_step(workdir) >= (1, 7),
     }
-    assert job.until(ready.get(where, lambda: saving(workdir) and last_step(workdir) >= (1, 4))), job.text()
+    assert job.until(ready.get(where, lambda: half_written(workdir) and last_step(workdir) >= (1, 4))), job.text()
     job.children[1].kill()
     codes, took = job.end()
     return Row(f"process 1 killed (-9) while {where}", "process 0 ends by itself", took, codes)
@@ -374,15 +380,17 @@ def write(out: Path, rows: list[Row], done: list[tuple[int, Kill]], drift: tuple
         lines.append(f"| {row.fault} | {row.what} | {codes} | {row.seconds:.1f} s | same bits |")
     lines += [
         "",
-        "| killed (-9) in | processes | kills | peers ended after (median, most) | parameters |",
-        "|---|---|---|---|---|",
+        "| killed (-9) in | processes | kills | peers ended after (median, most) | ended by the launcher after 30 s | parameters |",
+        "|---|---|---|---|---|---|",
     ]
     for processes in (2, 4):
         for where in ("data", "step", "save", "eval"):
-            times = [kill.seconds for count, kill in done if (count, kill.where) == (processes, where)]
-            if times:
+            mine = [kill for count, kill in done if (count, kill.where) == (processes, where)]
+            times = [kill.seconds for kill in mine]
+            hung = sum(None in kill.codes for kill in mine)
+            if mine:
                 spread = f"{np.median(times):.1f} s, {max(times):.1f} s"
-                lines.append(f"| {where} | {processes} | {len(times)} | {spread} | same bits |")
+                lines.append(f"| {where} | {processes} | {len(mine)} | {spread} | {hung} | same bits |")
     lines += [
         "",
         f"4 processes, then 2, then 1: no loss differs by more than {drift[0]:.1e} of its value from the run of one process.",
