@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxvlm.kernels.intervals import without_unseen
+
 # Above this many query-key pairs the XLA reference goes through the queries in blocks, so that its memory grows with
 # the length and not with its square; below it, one block is faster.
 DENSE_PAIRS = 1024 * 1024
@@ -107,10 +109,7 @@ def _xla(q, k, v, k_start, k_end, scale, softcap):
     """The reference: dense for short sequences, over rematerialised blocks of queries for long ones."""
     batch, length, heads, head_dim = q.shape
     keys, kv_heads = k.shape[1:3]
-    # 0 * NaN is NaN, in the backward pass too: what nobody may see has to be zero before it meets a product.
-    q = jnp.where((k_start < k_end)[..., None, None], q, 0)
-    seen = _seen(k_start, k_end, keys)[..., None, None]  # [B, T, 1, 1]
-    k, v = jnp.where(seen, k, 0), jnp.where(seen, v, 0)
+    q, k, v = without_unseen(q, k, v, k_start, k_end)
     q = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)  # [B, S, K, G, h]
 
     blocks = _num_blocks(length, keys)
@@ -141,15 +140,6 @@ def _dense(q, k, v, k_start, k_end, scale, softcap):
     total = jnp.sum(weights, axis=-1, keepdims=True)
     weights = weights / jnp.where(total == 0.0, 1.0, total)
     return jnp.einsum("bkgst,btkh->bskgh", weights.astype(v.dtype), v).astype(q.dtype)
-
-
-def _seen(k_start, k_end, keys: int):
-    """bool [B, T]: the keys that lie in any query's interval, by counting the intervals that open and close."""
-    start, end = jnp.clip(k_start, 0, keys), jnp.clip(k_end, 0, keys)
-    opens = (start < end).astype(jnp.int32)
-    row = jnp.arange(start.shape[0])[:, None]
-    edges = jnp.zeros((start.shape[0], keys + 1), jnp.int32).at[row, start].add(opens).at[row, end].add(-opens)
-    return jnp.cumsum(edges, axis=1)[:, :keys] > 0
 
 
 def _num_blocks(length: int, keys: int) -> int:
