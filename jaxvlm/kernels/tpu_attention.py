@@ -53,10 +53,9 @@ def supports(q, k) -> str | None:
 
 
 def attention(q, k, v, k_start, k_end, scale: float, softcap: float | None) -> jax.Array:
-    """As `jaxvlm.kernels.attention.attention`."""
+    """As `jaxvlm.kernels.attention.attention`, for intervals within the keys."""
     length, keys = q.shape[1], k.shape[1]
     settings = Settings(scale, softcap, block_size(length), block_size(keys))
-    k_start, k_end = jnp.maximum(k_start, 0), jnp.minimum(k_end, keys)
     q, k, v = intervals.without_unseen(q, k, v, k_start, k_end)
     q = _heads_first(q, settings.block_q)
     k, v = (_heads_first(x, settings.block_k) for x in (k, v))
@@ -173,8 +172,10 @@ def _forward(q, k, v, k_start, k_end, settings: Settings) -> tuple[jax.Array, ja
     of_queries = pl.BlockSpec((None, None, settings.block_q, head_dim), lambda b, h, i, step, *_: (b, h, i, 0))
     of_row = pl.BlockSpec((None, 1, settings.block_q), lambda b, h, i, step, *_: (b, 0, i))
 
-    def key_block(b, h, i, step, first, count):  # past the end of the range the last block again, which is not fetched anew
-        return b, h // group, first[b, i] + jnp.maximum(jnp.minimum(step, count[b, i] - 1), 0), 0
+    def key_block(
+        b, h, i, step, first, count
+    ):  # past the end of the range the last block again, which is not fetched anew
+        return b, jax.lax.div(h, jnp.int32(group)), first[b, i] + jnp.maximum(jnp.minimum(step, count[b, i] - 1), 0), 0
 
     of_keys = pl.BlockSpec((None, None, settings.block_k, head_dim), key_block)
     row = (1, settings.block_q)
@@ -256,7 +257,7 @@ def _backward(q, k, v, d_out, lse, delta, k_start, k_end, settings: Settings) ->
     )
     of_row = pl.BlockSpec((None, 1, settings.block_q), lambda b, h, j, step, *s: (b, 0, block(b, j, step, *s)))
     shape = (settings.block_k, head_dim)
-    of_keys = pl.BlockSpec((None, None, *shape), lambda b, h, j, step, *_: (b, h // group, j, 0))
+    of_keys = pl.BlockSpec((None, None, *shape), lambda b, h, j, step, *_: (b, jax.lax.div(h, jnp.int32(group)), j, 0))
     of_key_gradients = pl.BlockSpec((None, None, *shape), lambda b, h, j, step, *_: (b, h, j, 0))
     of_head = pl.BlockSpec((None, None, length, head_dim), lambda b, h, j, step, *_: (b, h, 0, 0))
     kind = jnp.float32 if group > 1 else k.dtype  # those of a group are still to be summed
