@@ -14,6 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxvlm.kernels import tpu_attention
+from jaxvlm.kernels.intervals import without_unseen
+
 # Above this many query-key pairs the XLA reference goes through the queries in blocks, so that its memory grows with
 # the length and not with its square; below it, one block is faster.
 DENSE_PAIRS = 1024 * 1024
@@ -42,12 +45,13 @@ def attention(
 
     Grouped queries are native: query head n reads key head `n // (H // K)`. The softmax is float32. A query with an
     empty interval gives zeros and receives and passes on zero gradients; a key that no query sees may hold anything,
-    NaN included. The output carries the checkpoint name 'attention_out' for rematerialisation policies.
+    NaN included. The output carries the checkpoint name 'attention_out' for rematerialisation policies, a kernel's
+    log-sum-exp 'attention_lse': a policy that keeps both never runs a forward kernel again.
 
     Args:
         q: [B, S, H, h].
         k, v: [B, T, K, h] with K dividing H.
-        k_start, k_end: int32 [B, S]; see `jaxvlm.kernels.intervals`.
+        k_start, k_end: int32 [B, S]; see `jaxvlm.kernels.intervals`. What is outside 0 to T counts as cut off.
         scale: multiplies the scores; h**-0.5 when None.
         softcap: bounds the scaled scores smoothly, softcap * tanh(score / softcap) (Gemma 2, Riviere et al. 2024, §2).
         implementation: forces one by name; None takes the first that supports the call.
@@ -59,9 +63,17 @@ def attention(
         ValueError: shapes that do not fit together, or a forced implementation that cannot serve the call.
     """
     _check_shapes(q, k, v, k_start, k_end)
-    chosen = _choose(jax.default_backend(), jax.typeof(q), jax.typeof(k), implementation)
+    k_start, k_end = jnp.maximum(k_start, 0), jnp.minimum(k_end, k.shape[1])
+    chosen = _choose(_backend(), jax.typeof(q), jax.typeof(k), implementation)
     out = chosen.run(q, k, v, k_start, k_end, q.shape[-1] ** -0.5 if scale is None else scale, softcap)
     return checkpoint_name(out, "attention_out")
+
+
+def _backend() -> str:
+    """What the mesh of `jax.set_mesh` is made of, which for the planner is not what this machine has."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = jax.default_backend() if device is None else device.platform
+    return {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
 
 
 def _check_shapes(q, k, v, k_start, k_end):
@@ -107,10 +119,7 @@ def _xla(q, k, v, k_start, k_end, scale, softcap):
     """The reference: dense for short sequences, over rematerialised blocks of queries for long ones."""
     batch, length, heads, head_dim = q.shape
     keys, kv_heads = k.shape[1:3]
-    # 0 * NaN is NaN, in the backward pass too: what nobody may see has to be zero before it meets a product.
-    q = jnp.where((k_start < k_end)[..., None, None], q, 0)
-    seen = _seen(k_start, k_end, keys)[..., None, None]  # [B, T, 1, 1]
-    k, v = jnp.where(seen, k, 0), jnp.where(seen, v, 0)
+    q, k, v = without_unseen(q, k, v, k_start, k_end)
     q = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)  # [B, S, K, G, h]
 
     blocks = _num_blocks(length, keys)
@@ -143,15 +152,6 @@ def _dense(q, k, v, k_start, k_end, scale, softcap):
     return jnp.einsum("bkgst,btkh->bskgh", weights.astype(v.dtype), v).astype(q.dtype)
 
 
-def _seen(k_start, k_end, keys: int):
-    """bool [B, T]: the keys that lie in any query's interval, by counting the intervals that open and close."""
-    start, end = jnp.clip(k_start, 0, keys), jnp.clip(k_end, 0, keys)
-    opens = (start < end).astype(jnp.int32)
-    row = jnp.arange(start.shape[0])[:, None]
-    edges = jnp.zeros((start.shape[0], keys + 1), jnp.int32).at[row, start].add(opens).at[row, end].add(-opens)
-    return jnp.cumsum(edges, axis=1)[:, :keys] > 0
-
-
 def _num_blocks(length: int, keys: int) -> int:
     if length * keys <= DENSE_PAIRS:
         return 1
@@ -159,6 +159,7 @@ def _num_blocks(length: int, keys: int) -> int:
 
 
 XLA = Implementation("xla", lambda q, k: None, _xla)
+PALLAS_TPU = Implementation("pallas_tpu", tpu_attention.supports, tpu_attention.attention)
 
 # In order of preference. A kernel joins by a line in its backend's list.
-IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {"cpu": (XLA,), "gpu": (XLA,), "tpu": (XLA,)}
+IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {"cpu": (XLA,), "gpu": (XLA,), "tpu": (PALLAS_TPU, XLA)}

@@ -46,3 +46,24 @@ def limit(k_start: jax.Array, k_end: jax.Array, window: int | None) -> jax.Array
     Of a causal interval that is a sliding window as Mistral counts it, the token itself included.
     """
     return k_start if window is None else jnp.maximum(k_start, k_end - window)
+
+
+def without_unseen(
+    q: jax.Array, k: jax.Array, v: jax.Array, k_start: jax.Array, k_end: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries that see nothing, and keys and values that no query sees, made zero, whatever they held.
+
+    0 * NaN is NaN, in the backward pass too: such entries have to be zero before they meet a product.
+    """
+    q = jnp.where((k_start < k_end)[..., None, None], q, 0)
+    used = seen(k_start, k_end, k.shape[1])[..., None, None]  # [B, T, 1, 1]
+    return q, jnp.where(used, k, 0), jnp.where(used, v, 0)
+
+
+def seen(k_start: jax.Array, k_end: jax.Array, keys: int) -> jax.Array:
+    """bool [B, T]: the keys that lie in any query's interval, by counting the intervals that open and close."""
+    start, end = jnp.clip(k_start, 0, keys), jnp.clip(k_end, 0, keys)
+    opens = (start < end).astype(jnp.int32)
+    row = jnp.arange(start.shape[0])[:, None]
+    edges = jnp.zeros((start.shape[0], keys + 1), jnp.int32).at[row, start].add(opens).at[row, end].add(-opens)
+    return jnp.cumsum(edges, axis=1)[:, :keys] > 0
