@@ -33,6 +33,7 @@ from jaxvlm import job
 from jaxvlm.config import RunConfig, UserError
 from jaxvlm.data.assets import resolve_assets
 from jaxvlm.main import load_config
+from jaxvlm.parallel import processes
 from jaxvlm.parallel.mesh import make_mesh
 
 MESSAGE_BYTES = 1000  # of a failure, as it travels to process 0
@@ -48,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     together = "Start it on every worker, as tpu_vm.sh and srun do; open the ports between them."
     try:
         with patience(options.timeout, "start", together):
-            start()
+            processes.start()
             jax.devices()
         config = load_config(options.config, overrides) if options.config else None
     except UserError as error:
@@ -88,19 +89,6 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     if overrides and not options.config:
         parser.error("overrides need --config")
     return options, overrides
-
-
-def start() -> None:
-    """Joins the job's other processes: those of launch/local.py, or those that jax finds by itself (TPU, SLURM)."""
-    if processes := os.environ.get("JAXVLM_NUM_PROCESSES"):
-        jax.distributed.initialize(num_processes=int(processes), process_id=int(os.environ["JAXVLM_PROCESS_ID"]))
-        return
-    try:
-        jax.distributed.initialize()
-    except ValueError as error:  # how jax says that this is no cluster
-        if "JAX_COORDINATOR_ADDRESS" in os.environ:
-            missing = "JAX_COORDINATOR_ADDRESS is set; set JAXVLM_NUM_PROCESSES and JAXVLM_PROCESS_ID too."
-            raise CheckError(missing) from error
 
 
 @contextmanager
@@ -259,14 +247,14 @@ def checkpoint(workdir: str, limit: float) -> bool:
     def read() -> str:
         if not (trial / "token").exists() or (trial / "token").read_text() != token:
             raise CheckError(
-                f"{workdir} is another place than on process 0. Give a --workdir on gs:// or a shared file system."
+                f"{workdir} is another place than on process 0. Give a --workdir on a file system that all share."
             )
         return "one place for all processes"
 
     try:
         return (
             report("workdir", write, limit, "Create it, or get the right to write there.")
-            and report("shared", read, limit, "Give a --workdir on gs:// or a shared file system.")
+            and report("shared", read, limit, "Give a --workdir on a file system that all share.")
             and report("checkpoint", lambda: round_trip(trial / "state", int(token)), limit, "Look at the storage.")
         )
     finally:

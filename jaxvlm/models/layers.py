@@ -64,8 +64,10 @@ def sharded_attention(
             k, v = (jax.lax.all_gather(x, kv_spec[1], axis=1, tiled=True) for x in (k, v))
         return attention(q, k, v, k_start=k_start, k_end=k_end, **options)
 
-    split = jax.shard_map(local, in_specs=(q_spec, kv_spec, kv_spec, i_spec, i_spec), out_specs=q_spec)
-    return split(q, k, v, k_start, k_end)
+    specs = dict(in_specs=(q_spec, kv_spec, kv_spec, i_spec, i_spec), out_specs=q_spec)
+    return jax.shard_map(local, check_vma=False, **specs)(
+        q, k, v, k_start, k_end
+    )  # kernels do not say over what they vary
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
@@ -161,16 +163,19 @@ class RMSNorm(nn.Module):
         return (x * jax.lax.rsqrt(mean_square + self.eps) * scale).astype(self.dtype)
 
 
+ATTENTION = ("attention_out", "attention_lse")  # what it names of its results: with both a kernel is not run again
+
+
 def _and_attention(keeps: Callable) -> Callable:
     """The policy `keeps`, and what attention gives, whose kernel is no product that it knows."""
-    named = jax.checkpoint_policies.save_only_these_names("attention_out")
+    named = jax.checkpoint_policies.save_only_these_names(*ATTENTION)
     return lambda *primitive, **params: named(*primitive, **params) or keeps(*primitive, **params)
 
 
 # What the backward pass finds in memory, from most recomputation to least; it recomputes the rest. Beside each layer's input:
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,  # nothing
-    "attention": jax.checkpoint_policies.save_only_these_names("attention_out"),  # what attention gives
+    "attention": jax.checkpoint_policies.save_only_these_names(*ATTENTION),  # what attention gives
     # the same, and in the host's memory the products with parameters
     "offload": _and_attention(jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host")),
     "dots": _and_attention(jax.checkpoint_policies.dots_with_no_batch_dims_saveable),  # both, on the device

@@ -59,7 +59,8 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
     }
     missing = [flag for flag, value in given.items() if value is None]
     plain = not missing
-    if missing and (num_processes is not None or process_id is not None or "JAXVLM_NUM_PROCESSES" in env):
+    wanted = num_processes is not None or process_id is not None or "JAXVLM_NUM_PROCESSES" in env
+    if missing and (wanted or (coordinator and not _on_cluster())):
         raise ConfigError(
             f"A process of several needs all of --coordinator, --num_processes and --process_id; add {missing[0]}."
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -95,7 +94,7 @@ def train_stage(
         out_shardings=(shardings, None),
     )
     workdir = directory.parent.parent
-    metrics_path = workdir / "metrics.jsonl" if jax.process_index() == 0 else Path(os.devnull)  # one process writes
+    metrics_path = workdir / "metrics.jsonl"
     meter = Meter(stage, model_config, state, num_steps, start, metrics_path, log or LogConfig(), loader.stats())
 
     # Loop --------------------------------------------------------------------------------------------------------

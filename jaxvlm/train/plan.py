@@ -53,10 +53,11 @@ def abstract_state(config: RunConfig, stage: StageConfig, mesh: Mesh) -> tuple[T
     """The stage's TrainState as ShapeDtypeStructs with their shardings, and its optimiser."""
     trainable, frozen = split(abstract_params(config.model), stage.trainable)
     frozen = jax.eval_shape(lambda tree: cast(tree, jnp.dtype(config.model.dtype)), frozen)
+    trainable = jax.eval_shape(lambda tree: cast(tree, jnp.float32), trainable)
     optimizer = make_optimizer(stage.optimizer, 1000, trainable)  # the schedule's length is a constant in the program
     step = jax.ShapeDtypeStruct((), jnp.int32)
     state = TrainState(step, trainable, frozen, jax.eval_shape(optimizer.init, trainable))
-    return _placed(state, state_shardings(state, config.model, mesh)), optimizer
+    return _placed(state, state_shardings(state, config.model, mesh, stage.optimizer.offload)), optimizer
 
 
 def abstract_batch(config: RunConfig, stage: StageConfig, tiles: int) -> dict[str, jax.ShapeDtypeStruct]:
