@@ -133,7 +133,7 @@ def test_unknown_choices_name_the_known_ones():
             replace(CONFIG, vision=replace(CONFIG.vision, activation="tanh")),
             "No activation 'tanh'; there are: quick",
         ),
-        (replace(CONFIG, remat="some"), "must be none, dots or full, not 'some'"),
+        (replace(CONFIG, remat="some"), "must be one of full, attention, offload, dots or none, not 'some'"),
     ):
         with pytest.raises(ConfigError, match=message):
             abstract_params(config)
@@ -142,10 +142,11 @@ def test_unknown_choices_name_the_known_ones():
 def test_constraints_reach_the_compiler_under_set_mesh():
     """`with mesh:` would drop every one of them without a word."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=1, tensor=2), jax.devices()[:4])
+    params = abstract_params(CONFIG)
 
     def lowered():
         function = jax.jit(lambda params, batch: VLM(CONFIG).apply({"params": params}, batch))
-        return function.lower(abstract_params(CONFIG), batch()).as_text()
+        return function.lower(params, batch()).as_text()
 
     assert "sharding_constraint" not in lowered()
     with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules()):

@@ -298,10 +298,12 @@ def test_a_restored_state_goes_on_in_the_same_bits(tmp_path, changes):
         return TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), {}, opt_state)
 
     state = one(TrainState(jnp.int32(0), params, {}, optimizer.init(params)), draw(WIDE, 1))
-    with contextlib.closing(StageCheckpointer(tmp_path, 1)) as saver:
-        saver.save(state, {"fingerprint": "one"}, wait=True)
+    with contextlib.closing(
+        StageCheckpointer(tmp_path / "checkpoints", CheckpointConfig(), {"data": "one", "frozen": ""})
+    ) as saver:
+        saver.save(state, wait=True)
         empty = jax.tree.map(lambda x: jax.device_put(jnp.zeros_like(x), x.sharding), state)
-        restored = saver.restore(empty, {"fingerprint": "one"})
+        restored = saver.restore(empty)
     for step in (2, 3):
         state, restored = (one(each, draw(WIDE, step)) for each in (state, restored))
     jax.tree.map(np.testing.assert_array_equal, restored, state)
