@@ -98,6 +98,15 @@ def test_bfloat16_errs_at_most_twice_as_much_as_the_reference():
         assert ours.dtype == jnp.bfloat16 and error <= 2 * allowed
 
 
+def test_no_races():
+    state = pytest.importorskip("jax._src.pallas.mosaic.interpret.interpret_pallas_call")  # only there is it kept
+    shape = (300, 300, 1, 2, 64, None)
+    span = intervals.causal(jnp.asarray(np.repeat([[1, 2]], [140, 160], axis=1).repeat(2, axis=0)))
+    with interpreted(detect_races=True):
+        jax.block_until_ready(with_gradients("tpu", None)(*drawn(0, shape), *span))
+    assert state.races is not None and not state.races.races_found
+
+
 def test_only_blocks_with_something_to_see_are_visited():
     """Four segments of a block each: one step for every block, in both directions."""
     ids = jnp.repeat(jnp.arange(1, 5), 128)[None]
