@@ -240,5 +240,6 @@ class SVA(nn.Module):
         seen = [jnp.zeros((1, 1, n, c.width)) for n in cells], jnp.ones((1, 1, sum(cells)), bool)
         init = self._in_llm().init
         keys = jax.random.split(key, len(c.llm_layers))
-        params = jax.vmap(lambda key: init(key, *map(jnp.zeros, shapes), *seen)["params"])(keys)
+        with nn.logical_axis_rules(()):  # flax looks at these shapes again whenever the model is applied
+            params = jax.vmap(lambda key: init(key, *map(jnp.zeros, shapes), *seen)["params"])(keys)
         return nn.meta.add_axis(params, 0, {nn.PARTITION_NAME: "layers"})
