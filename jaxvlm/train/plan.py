@@ -19,12 +19,13 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from jaxvlm.config import ConfigError, MeshConfig, RunConfig, StageConfig
+from jaxvlm.config import MeshConfig, RunConfig, StageConfig
 from jaxvlm.data.instruction import instruction_fields
 from jaxvlm.data.packing import assemble
 from jaxvlm.data.tiles import tile_regions, tiling, tower_names
 from jaxvlm.kernels.cross_entropy import linear_cross_entropy
 from jaxvlm.models.vlm import VLM, abstract_params
+from jaxvlm.parallel.mesh import require_rows_divide
 from jaxvlm.parallel.rules import batch_sharding, logical_rules
 from jaxvlm.parallel.traffic import Traffic, traffic
 from jaxvlm.train.flops import batch_flops, trainable_shares
@@ -128,13 +129,7 @@ def compile_step(
     Raises `ConfigError` for rows or parameters that do not divide over the mesh, and jax's own error (RESOURCE_EXHAUSTED)
     where the compiler finds that the program does not fit.
     """
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if stage.batch_size % (shards * stage.accumulate):
-        raise ConfigError(
-            f"Stage '{stage.name}': batch_size = {stage.batch_size} rows in {stage.accumulate} micro-batches do not divide "
-            f"over data x fsdp = {mesh.shape['data']} x {mesh.shape['fsdp']} devices. Make it a multiple of "
-            f"{shards * stage.accumulate}, or give part of the devices to config.mesh.tensor."
-        )
+    require_rows_divide(stage, mesh)
     state, optimizer = abstract_state(config, stage, mesh)
     batch = abstract_batch(config, stage, tiles)
     batch = _placed(batch, jax.tree.map(lambda _: batch_sharding(mesh), batch))
