@@ -305,7 +305,7 @@ def inspect(argv: Sequence[str]) -> None:
     prepare_jax()
     from jaxvlm.train.inspect_checkpoint import describe_checkpoint
 
-    print(describe_checkpoint(Path(options.checkpoint)))
+    print(describe_checkpoint(options.checkpoint))
 
 
 def report(argv: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -40,12 +41,15 @@ def train_stage(
     params: dict,
     loader: Loader,
     mesh: Mesh,
-    directory: Path,
+    workdir: Path,
+    directory: Path | epath.Path,
     checkpoints: CheckpointConfig,
     log: LogConfig | None = None,
     origin: dict[str, Any] | None = None,
 ) -> tuple[dict, StageResult | None]:
     """Trains `stage` from `params`, or from its newest checkpoint in `directory`; returns the new parameters.
+
+    Metrics and heartbeats go to `workdir`, which is always a folder; `directory` may be in a bucket.
 
     Runs inside `jax.set_mesh`, in every process of the job, and takes the buffers of `params` over. `origin` says where the
     frozen ones come from, for the checkpoint. The result is process 0's to tell, and None in the others.
@@ -89,9 +93,8 @@ def train_stage(
         donate_argnums=0,
         out_shardings=(shardings, None),
     )
-    workdir = directory.parent.parent
-    metrics_path = workdir / "metrics.jsonl"
-    meter = Meter(stage, model_config, state, num_steps, start, metrics_path, log or LogConfig(), loader.stats())
+    metrics = workdir / "metrics.jsonl"
+    meter = Meter(stage, model_config, state, num_steps, start, metrics, log or LogConfig(), loader.stats())
 
     # Loop --------------------------------------------------------------------------------------------------------
     stop, watchdog = StopRequest(directory.name), Watchdog(checkpoints.watchdog_seconds, workdir / "heartbeats")
