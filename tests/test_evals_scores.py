@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxvlm.evals import scorers, statistics, tasks
+from jaxvlm.evals import baselines, statistics, tasks
+from jaxvlm.evals.scorers import text as text_scorers
 from jaxvlm.evals.tasks import EvalError, Question
 
 
@@ -31,15 +32,15 @@ def question(name, text="what colour?", answer="red", category="what", image="a.
     ],
 )
 def test_exact_match(prediction, answer, right):
-    assert scorers.exact_match(prediction, answer) == right
+    assert text_scorers.exact_match(prediction, answer) == right
 
 
 @given(st.text(max_size=20), st.text(max_size=20))
 def test_exact_match_is_symmetric_and_ignores_case_blanks_and_periods(a, b):
-    assert scorers.exact_match(a, b) == scorers.exact_match(b, a)
-    assert scorers.exact_match(a, a) == 1
+    assert text_scorers.exact_match(a, b) == text_scorers.exact_match(b, a)
+    assert text_scorers.exact_match(a, a) == 1
     plain = "".join(c for c in a if c.isascii() and c.isprintable())
-    assert scorers.exact_match(f"  {plain.upper()}. ", plain) == 1
+    assert text_scorers.exact_match(f"  {plain.upper()}. ", plain) == 1
 
 
 def test_majority_falls_back_from_question_to_category_to_all():
@@ -53,16 +54,16 @@ def test_majority_falls_back_from_question_to_category_to_all():
     suffix = tasks.SHORT_ANSWER
     training = [(f"<image>\nwhat colour?{suffix}", "Blue")] * 3 + [("what colour?", "red"), ("what shape?", "circle")]
     training += [("is it red?", "no."), ("is it red?", "yes"), ("unrelated", "no")]
-    table = scorers.fit_majority(questions, training)
+    table = baselines.fit_majority(questions, training)
     assert [table.answer(q) for q in questions] == ["blue", "circle", "no", "blue", "blue"]
-    oracle = scorers.fit_majority(questions)
+    oracle = baselines.fit_majority(questions)
     assert [oracle.answer(q) for q in questions] == ["red", "circle", "no", "no", "red"]
 
 
 def test_chance_is_one_over_the_answers_of_the_category():
     questions = [question(str(i), answer=a) for i, a in enumerate(["red", "Red.", "blue", "green"])]
     questions.append(question("9", answer="yes", category="yesno"))
-    assert scorers.chance(questions) == {"what": 1 / 3, "yesno": 1.0}
+    assert baselines.chance(questions) == {"what": 1 / 3, "yesno": 1.0}
 
 
 @given(st.integers(0, 40), st.integers(0, 40), st.integers(0, 5))

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from jaxvlm.config import EvalConfig
-from jaxvlm.evals import scorers, statistics, tasks
+from jaxvlm.evals import baselines, statistics, tasks
+from jaxvlm.evals.scorers.text import exact_match
 from jaxvlm.evals.tasks import EvalError, Question
 from jaxvlm.infer.answers import Progress, append_records, read_records
 from jaxvlm.infer.engine import Engine
@@ -52,7 +53,7 @@ def run(
         # every subset and a larger subset can go on with a smaller one's answers.
         other = tasks.shuffled_images(everything, seed)
         blind = _answers("shuffle", lambda question: other.get(question.image), *common)
-    majority = scorers.fit_majority(questions, training)
+    majority = baselines.fit_majority(questions, training)
     return {
         "scores": score(questions, sighted["texts"], blind and blind["texts"], majority, seed=seed),
         "samples": draw_samples(questions, sighted["texts"], config.samples, seed),
@@ -159,19 +160,19 @@ def score(
     questions: Sequence[Question],
     sighted: Sequence[str],
     blind: Sequence[str] | None,
-    majority: scorers.Majority,
+    majority: baselines.Majority,
     *,
     seed: int = 0,
 ) -> dict[str, dict]:
     """Accuracy by category and for 'all', with intervals; needs no model, so saved answers can be scored again."""
     truth = [question.answer for question in questions]
-    right = np.array([scorers.exact_match(text, answer) for text, answer in zip(sighted, truth, strict=True)])
-    prior = np.array([scorers.exact_match(majority.answer(question), question.answer) for question in questions])
-    guess = scorers.chance(questions)
+    right = np.array([exact_match(text, answer) for text, answer in zip(sighted, truth, strict=True)])
+    prior = np.array([exact_match(majority.answer(question), question.answer) for question in questions])
+    guess = baselines.chance(questions)
     lucky = np.array([guess[question.category] for question in questions])
     unseen = None
     if blind is not None:
-        unseen = np.array([scorers.exact_match(text, answer) for text, answer in zip(blind, truth, strict=True)])
+        unseen = np.array([exact_match(text, answer) for text, answer in zip(blind, truth, strict=True)])
     groups = np.array([question.image or question.id for question in questions])
     names = np.array([question.category for question in questions])
     scores = {}
@@ -216,7 +217,7 @@ def draw_samples(questions: Sequence[Question], texts: Sequence[str], count: int
             "question": questions[index].text,
             "prediction": texts[index],
             "answer": questions[index].answer,
-            "right": bool(scorers.exact_match(texts[index], questions[index].answer)),
+            "right": bool(exact_match(texts[index], questions[index].answer)),
         }
         for index in drawn
     ]
