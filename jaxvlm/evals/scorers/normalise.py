@@ -18,7 +18,8 @@ PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 PERIOD = re.compile(r"\.(?!\d)")
 PERIODS_REMOVED = 32
 DIGIT_COMMA = re.compile(r"\d,\d")
-NUMBERS = dict(zip("none zero one two three four five six seven eight nine ten".split(), "0 0 1 2 3 4 5 6 7 8 9 10".split()))
+_NUMBER_WORDS = "zero one two three four five six seven eight nine ten".split()
+NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(_NUMBER_WORDS)}
 ARTICLES = frozenset(("a", "an", "the"))
 CACHE = 1 << 16  # distinct answers remembered; a benchmark's answers repeat
 
