@@ -159,7 +159,7 @@ def main() -> None:
     images = sorted(str(path) for path in Path(resolve("asset:easy-vqa/images/train")).iterdir())
     rng = np.random.default_rng(0)
     shape = (len(images), model.vision.num_tokens, model.vision.feature_width)
-    features = rng.normal(size=shape).astype(np.float32), {path: i for i, path in enumerate(images)}
+    features = [rng.normal(size=shape).astype(np.float32)], {path: i for i, path in enumerate(images)}
     loader = Loader(stage.data, config.prompt, model, batch_size=stage.batch_size, steps=4, seed=0, features=features)
     batch = next(loader.batches(0))
 

@@ -67,8 +67,8 @@ def write(path: Path, name: str, table: str) -> None:
 
 def plans_table(kept: dict) -> str:
     lines = [
-        "| model, stage 2 | target | mesh | rows a device | state | temporaries | peak, of usable (GiB) | left | sent a step (GB) "
-        "| at least (s) | at 40 % (s) | samples/s | hours | chip-hours | compile (s) | compiler's memory (GiB) |",
+        "| model, stage 2 | target | mesh | rows a device | state | temporaries (activations) | peak, of usable (GiB) | left "
+        "| sent a step (GB) | at least (s) | at 40 % (s) | samples/s | hours | chip-hours | compile (s) | compiler uses (GiB) |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name in MODELS:
@@ -90,7 +90,7 @@ def plans_table(kept: dict) -> str:
                 mesh,
                 f"{s['rows_per_device']:g}",
                 f"{state / GIB:.2f}",
-                f"{found['temporaries'] / GIB:.2f}",
+                f"{found['temporaries'] / GIB:.2f} ({found['activations'] / GIB:.2f})",
                 f"{found['peak'] / GIB:.1f} of {s['limit'] / GIB:.1f}",
                 f"{1 - found['peak'] / s['limit']:.0%}" + ("" if s["fits"] else " (does not fit)"),
                 f"{sent(s):.1f}",

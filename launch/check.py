@@ -34,7 +34,7 @@ from jaxvlm.config import RunConfig, UserError
 from jaxvlm.data.assets import resolve_assets
 from jaxvlm.main import load_config
 from jaxvlm.parallel import processes
-from jaxvlm.parallel.mesh import make_mesh
+from jaxvlm.parallel.mesh import make_mesh, require_rows_divide
 
 MESSAGE_BYTES = 1000  # of a failure, as it travels to process 0
 MEGABYTES = 64  # that each device reduces, and that a checkpoint holds
@@ -166,13 +166,10 @@ def devices(options: argparse.Namespace, config: RunConfig | None) -> str:
         )
     if config is None:
         return seen
-    axes = make_mesh(config.mesh).shape
+    mesh = make_mesh(config.mesh)
     for stage in config.stages:
-        rows = axes["data"] * axes["fsdp"] * stage.accumulate
-        if stage.batch_size % rows:
-            raise CheckError(
-                f"stage '{stage.name}' has a batch_size of {stage.batch_size}, on this mesh it must divide by {rows}."
-            )
+        require_rows_divide(stage, mesh)
+    axes = mesh.shape
     return f"{seen}; mesh {', '.join(f'{name}={size}' for name, size in axes.items() if size > 1) or 'of one'}"
 
 

@@ -133,7 +133,7 @@ def test_unknown_choices_name_the_known_ones():
             replace(CONFIG, vision=replace(CONFIG.vision, activation="tanh")),
             "No activation 'tanh'; there are: quick",
         ),
-        (replace(CONFIG, remat="some"), "must be one of full, attention, offload, dots or none, not 'some'"),
+        (replace(CONFIG, remat="some"), "must be one of full, attention, offload, dots, none, not 'some'"),
     ):
         with pytest.raises(ConfigError, match=message):
             abstract_params(config)

@@ -109,7 +109,7 @@ def run_remat(world, name):
     return (*jax.device_get(compiled(params)), compiled)
 
 
-@pytest.mark.parametrize("name", REMAT_POLICIES)
+@pytest.mark.parametrize("name", sorted(REMAT_POLICIES.keys() - {"none"}))
 def test_remat_policies_change_no_gradient(world, without_remat, name):
     loss, grads, compiled = run_remat(world, name)
     expected, expected_grads, plain = without_remat
@@ -120,7 +120,7 @@ def test_remat_policies_change_no_gradient(world, without_remat, name):
 
 def test_an_unknown_remat_policy_is_named(world):
     with pytest.raises(
-        ConfigError, match="model.remat must be one of full, attention, offload, dots or none, not 'most'"
+        ConfigError, match="model.remat must be one of full, attention, offload, dots, none, not 'most'"
     ):
         run_remat(world, "most")
 

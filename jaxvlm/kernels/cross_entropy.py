@@ -170,8 +170,9 @@ def _local(hidden, kernel, bias, targets, weights, *, chunk, softcap, split, wan
         dhidden = jax.lax.psum(jnp.take_along_axis(dhidden, rank[..., None], axis=1), split.vocab)
     if want_kernel:
         others = tuple(axis for axis in shards if axis not in split.width)
-        dkernel = jax.lax.psum_scatter(jax.lax.psum(dkernel, others), split.width, scatter_dimension=0, tiled=True)
-        dkernel = dkernel.astype(kernel.dtype)
+        # Scattered first: what crosses the other axes, slower networks among them, is a part.
+        dkernel = jax.lax.psum_scatter(dkernel, split.width, scatter_dimension=0, tiled=True)
+        dkernel = jax.lax.psum(dkernel, others).astype(kernel.dtype)
     if want_bias:
         dbias = jax.lax.psum(dbias, shards).astype(bias.dtype)
     return loss, nll, (dhidden, dkernel, dbias)

@@ -11,6 +11,7 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from jaxvlm.config import ConfigError, LoRAConfig
 from jaxvlm.kernels.attention import attention
@@ -31,9 +32,38 @@ WIDTHS = ("embed", "vision_embed")
 def whole(parameter: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     """A parameter as products use it: FSDP stores it split along its width, and here its parts are gathered.
 
-    Said so, because the compiler would rather move activations where these are smaller, as tables of embeddings are large.
+    Said so, because the compiler may prefer to move activations. How it is stored is said for its gradient's sake, of which
+    the same holds: it would be summed whole on every device for the gradient norm, which reads all of it.
     """
-    return constrain(parameter, tuple(None if axis in WIDTHS else axis for axis in axes), "a parameter in use")
+    stored = constrain(parameter, axes, "a parameter")
+    return constrain(stored, tuple(None if axis in WIDTHS else axis for axis in axes), "a parameter in use")
+
+
+def lookup(table: jax.Array, indices: jax.Array, axes: tuple[str | None, str]) -> jax.Array:
+    """Rows [B, S, D] of a table [V, D] with these logical axes, at int32 `indices` [B, S]; NaN beyond its end.
+
+    On a mesh each device looks in its own part of the table, gathered along the width, and what they find is added up:
+    left to itself the compiler exchanges activations for the gradient.
+    """
+    if active() is None:
+        return jnp.take(table, indices, axis=0)
+    table_spec, spec = (
+        active_spec(axes, table.shape, "a table"),
+        active_spec(("batch", "length"), indices.shape, "tokens"),
+    )
+    rows, width = ((axis,) if axis else () for axis in table_spec)
+    tokens = {axis for axes in spec for axis in (axes if isinstance(axes, tuple) else (axes,)) if axis}
+
+    def local(part, indices):
+        # Said to differ before it is gathered: so its gradient is scattered along the width, and the small parts added up.
+        part = jax.lax.pcast(part, tuple(tokens - {*rows, *width}), to="varying")
+        part = jax.lax.all_gather(part, width, axis=1, tiled=True)
+        own = indices - jax.lax.axis_index(rows) * len(part)
+        own = jnp.where(own < 0, len(part), own)  # another device's
+        return jax.lax.psum(part.at[own].get(mode="fill", fill_value=0), rows)
+
+    x = jax.shard_map(local, in_specs=(table_spec, spec), out_specs=PartitionSpec(*spec, None))(table, indices)
+    return jnp.where((indices < len(table))[..., None], x, jnp.nan)
 
 
 def sharded_attention(
@@ -172,6 +202,11 @@ def _and_attention(keeps: Callable) -> Callable:
     return lambda *primitive, **params: named(*primitive, **params) or keeps(*primitive, **params)
 
 
+def _keep_results(primitive, *_, **__) -> bool:
+    """All but what costs no arithmetic, so that parameters are gathered anew: kept, they would be the whole model."""
+    return primitive.name not in ("sharding_constraint", "reshape", "convert_element_type")
+
+
 # What the backward pass finds in memory, from most recomputation to least; it recomputes the rest. Beside each layer's input:
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,  # nothing
@@ -179,6 +214,7 @@ REMAT_POLICIES = {
     # the same, and in the host's memory the products with parameters
     "offload": _and_attention(jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host")),
     "dots": _and_attention(jax.checkpoint_policies.dots_with_no_batch_dims_saveable),  # both, on the device
+    "none": _keep_results,  # all results
 }
 
 
@@ -186,12 +222,11 @@ def stack(layer: type[nn.Module], depth: int, remat: str, in_axes: tuple) -> typ
     """`depth` copies of `layer` as one scanned module; their parameters gain a leading axis named 'layers'.
 
     `layer.__call__(carry, *inputs)` returns (carry, None). `in_axes` says of each input whether layers share it
-    (`nn.broadcast`) or scan over its axis 0. `remat` is a name of `REMAT_POLICIES`, or 'none': nothing is recomputed.
+    (`nn.broadcast`) or scan over its axis 0. `remat` is a name of `REMAT_POLICIES`.
     """
-    if remat != "none":
-        if remat not in REMAT_POLICIES:
-            raise ConfigError(f"model.remat must be one of {', '.join(REMAT_POLICIES)} or none, not '{remat}'.")
-        layer = nn.remat(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)  # scan already prevents it
+    if remat not in REMAT_POLICIES:
+        raise ConfigError(f"model.remat must be one of {', '.join(REMAT_POLICIES)}, not '{remat}'.")
+    layer = nn.remat(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)  # scan already prevents it
     return nn.scan(
         layer,
         variable_axes={"params": 0},

@@ -20,10 +20,10 @@ from jaxvlm.models.layers import (
     activation,
     constrain,
     layer_norm,
+    lookup,
     normal_init,
     sharded_attention,
     stack,
-    whole,
 )
 from jaxvlm.models.rotary import rotary_angles, rotate
 
@@ -160,8 +160,7 @@ class LLM(nn.Module):
         """
         c = self.config
         if c.learned_positions:
-            table = whole(self.pos_embed.astype(self.dtype), (None, "embed"))
-            x = x + jnp.take(table, positions, axis=0)
+            x = x + lookup(self.pos_embed.astype(self.dtype), positions, (None, "embed"))
         stretched = None
         if c.rope_scaling.kind == "longrope":
             # As transformers chooses, but row by row, and once: a row keeps the choice of its prompt, since the keys in
@@ -210,7 +209,7 @@ class Embedding(nn.Module):
 
     def __call__(self, tokens):
         """tokens int32 [B, S] -> [B, S, D]. A token outside the vocabulary becomes NaN, so that it cannot hide."""
-        x = jnp.take(whole(self.embedding.astype(self.dtype), ("vocab", "embed")), tokens, axis=0)
+        x = lookup(self.embedding.astype(self.dtype), tokens, ("vocab", "embed"))
         return constrain(x * jnp.asarray(self.scale, self.dtype), ("batch", "length", None))
 
     def attend(self, hidden):

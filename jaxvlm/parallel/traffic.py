@@ -63,8 +63,9 @@ def traffic(hlo: str, mesh: Mesh, data_trips: int = 1) -> list[Traffic]:
             asynchronous = kind != op.opcode and kind != "all-reduce"
             results = op.shapes[op.arguments.count("%") :] if asynchronous else op.shapes
             results = [shape for shape in results if not re.fullmatch(r"[su]32\[\]", shape)]  # contexts of a permute
-            scattered = kind == "all-reduce" and _only_sliced(op.name, body)
-            for shape in results:
+            for number, shape in enumerate(results):
+                element = number if len(results) > 1 else None
+                scattered = kind == "all-reduce" and _only_sliced(program, body, op.name, element)
                 sent = _wire_bytes("reduce-scatter" if scattered else kind, _bytes(shape), group, scattered)
                 what = "reduce-scatter" if scattered else kind
                 found.append(Traffic(what, axes, group, shape, times[computation], sent, name[1] if name else ""))
@@ -131,9 +132,29 @@ def _trips(program: dict[str, list[_Op]], loop: _Op) -> int | None:
     return int(bounds.pop()) if len(bounds) == 1 else None
 
 
-def _only_sliced(name: str, body: list[_Op]) -> bool:
-    readers = [op for op in body if re.search(rf"%{re.escape(name)}(?![\w.\-])", op.arguments)]
-    return bool(readers) and all("dynamic-slice" in op.opcode + op.name for op in readers)
+def _only_sliced(program: dict[str, list[_Op]], body: list[_Op], name: str, element: int | None = None) -> bool:
+    """Whether all that reads a value of `body`, or one element of a tuple, takes a slice of it."""
+    readers = [op for op in body if name in _operands(op)]
+    if element is not None:
+        readers = [op for op in readers if re.search(rf"index={element}\b", op.rest)]
+    return bool(readers) and all(_slices(program, body, op, name) for op in readers)
+
+
+def _slices(program: dict[str, list[_Op]], body: list[_Op], reader: _Op, name: str) -> bool:
+    if reader.opcode == "dynamic-slice":
+        return _operands(reader)[0] == name
+    if reader.opcode in ("get-tuple-element", "bitcast", "copy", "reshape", "transpose", "convert"):
+        return _only_sliced(program, body, reader.name)
+    if reader.opcode != "fusion":
+        return False
+    (fused,) = _called(reader)
+    places = {str(i) for i, operand in enumerate(_operands(reader)) if operand == name}
+    inside = [op.name for op in program[fused] if op.opcode == "parameter" and op.arguments in places]
+    return all(_only_sliced(program, program[fused], parameter) for parameter in inside)
+
+
+def _operands(op: _Op) -> list[str]:
+    return re.findall(r"%([\w.\-]+)", op.arguments)
 
 
 def _axes(attributes: str, mesh: Mesh) -> tuple[str, ...]:

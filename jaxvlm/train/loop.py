@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxvlm.config import CheckpointConfig, ConfigError, LogConfig, ModelConfig, StageConfig, UserError, to_dict
+from jaxvlm.config import CheckpointConfig, LogConfig, ModelConfig, StageConfig, UserError, to_dict
 from jaxvlm.data.loader import Loader
 from jaxvlm.models.vlm import VLM, logical_axes
+from jaxvlm.parallel.mesh import require_rows_divide
 from jaxvlm.parallel.processes import StopRequest, Watchdog, any_process, leaving_peers
 from jaxvlm.parallel.rules import param_shardings, put_batch
 from jaxvlm.train.checkpoint import StageCheckpointer, content_hash
@@ -53,12 +54,7 @@ def train_stage(
     everything saved, when SIGINT or SIGTERM arrives in any process.
     """
     # Model and state ---------------------------------------------------------------------------------------------
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if stage.batch_size % (shards * stage.accumulate):
-        raise ConfigError(
-            f"Stage '{stage.name}': batch_size {stage.batch_size} does not divide into {stage.accumulate} micro-batches over "
-            f"{shards} data-parallel devices. Make it a multiple of {shards * stage.accumulate}, or change config.mesh."
-        )
+    require_rows_divide(stage, mesh)
     model, num_steps = VLM(model_config), loader.num_steps
     trainable, frozen = split(params, stage.trainable)
     frozen = cast(frozen, jnp.dtype(model_config.dtype))  # nothing updates it: no float32 master is needed
