@@ -382,7 +382,7 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation after training: a VQA file of question records (see `jaxvlm.evals.tasks`)."""
+    """Evaluation after training: a VQA file of question records (see `jaxvlm.evals.question_file`)."""
 
     task: str = ""  # '' = no evaluation
     path: str = ""

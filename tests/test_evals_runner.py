@@ -11,7 +11,7 @@ import pytest
 from jaxvlm.config import EvalConfig, PromptConfig
 from jaxvlm.data.assets import toy
 from jaxvlm.evals import runner
-from jaxvlm.evals.tasks import EvalError
+from jaxvlm.evals.question_file import EvalError
 
 
 class Fake:

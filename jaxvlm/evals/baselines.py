@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from jaxvlm.evals.scorers.text import normalise
-from jaxvlm.evals.tasks import Question, plain_question
+from jaxvlm.evals.question_file import Question, plain_question
 
 
 @dataclass(frozen=True)

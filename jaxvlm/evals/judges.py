@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxvlm.evals.scorers import Record, judged
-from jaxvlm.evals.tasks import EvalError
+from jaxvlm.evals.question_file import EvalError
 from jaxvlm.infer.answers import append_records, read_records
 
 # (messages, temperature, max_tokens) -> (the judge's words, the name of the model that wrote them)

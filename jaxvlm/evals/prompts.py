@@ -8,8 +8,8 @@ from typing import Any
 
 from jaxvlm.evals.scorers import Record
 from jaxvlm.evals.scorers.choice import LETTERS
-from jaxvlm.evals.tasks import OPTION_LETTER as LETTER
-from jaxvlm.evals.tasks import SHORT_ANSWER as SHORT
+from jaxvlm.evals.question_file import OPTION_LETTER as LETTER
+from jaxvlm.evals.question_file import SHORT_ANSWER as SHORT
 
 Prompt = Callable[[Record], str]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxvlm.evals.scorers.captions import read_synonyms
-from jaxvlm.evals.tasks import EvalError
+from jaxvlm.evals.question_file import EvalError
 
 csv.field_size_limit(1 << 27)  # MMBench's TSV holds its images in base64
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from jaxvlm.config import EvalConfig
-from jaxvlm.evals import baselines, statistics, tasks
+from jaxvlm.evals import baselines, question_file, statistics
 from jaxvlm.evals.scorers.text import exact_match
-from jaxvlm.evals.tasks import EvalError, Question
+from jaxvlm.evals.question_file import EvalError, Question
 from jaxvlm.infer.answers import Progress, append_records, read_records
 from jaxvlm.infer.engine import Engine
 
@@ -32,16 +32,16 @@ def run(
 
     `scores` maps each category, and 'all', to sighted, blind, majority and chance accuracy (fractions), n, and 95 %
     intervals (bootstrap over images). `training` holds (question, answer) pairs for the majority baseline
-    (`tasks.read_training_answers`); without it the test answers serve and `info` says so.
+    (`question_file.read_training_answers`); without it the test answers serve and `info` says so.
     Answers go to `workdir/answers-{mode}.jsonl` as they come; a second call answers only what is missing. Raises
     `EvalError` if such a file was written by another model or prompt, unless `overwrite`.
     """
     if config.blind not in BLIND_MODES:
         raise EvalError(f"eval.blind '{config.blind}' is not one of '', 'noimage', 'shuffle'.")
-    everything = tasks.read_questions(config.path, config.images)
+    everything = question_file.read_questions(config.path, config.images)
     if any(question.category == "all" for question in everything):
         raise EvalError(f"{config.path}: 'all' cannot be a category, it is the name of the total.")
-    questions = tasks.subset(everything, config.limits, seed)
+    questions = question_file.subset(everything, config.limits, seed)
     log(f"Evaluating {len(questions)} of {len(everything)} questions of {config.path}.")
     common = (engine, config, questions, Path(workdir), seed, overwrite, log)
     sighted = _answers("sighted", lambda question: question.image, *common)
@@ -51,7 +51,7 @@ def run(
     elif config.blind == "shuffle":
         # The cycle runs through the images of the whole file, so that a question's wrong image is the same in
         # every subset and a larger subset can go on with a smaller one's answers.
-        other = tasks.shuffled_images(everything, seed)
+        other = question_file.shuffled_images(everything, seed)
         blind = _answers("shuffle", lambda question: other.get(question.image), *common)
     majority = baselines.fit_majority(questions, training)
     return {
@@ -86,7 +86,7 @@ def _answers(
     path = workdir / f"answers-{mode}.jsonl"
     if overwrite:
         path.unlink(missing_ok=True)
-    suffix = tasks.response_format(config.task)
+    suffix = question_file.response_format(config.task)
     key = answer_key(engine, config, suffix, mode, seed)
     done = _resume(path, key)
     todo = [question for question in questions if question.id not in done]
@@ -94,7 +94,7 @@ def _answers(
     for question in todo:
         alike.setdefault((question.text, image_of(question)), []).append(question)
     groups = list(alike.values())
-    requests = [tasks.request(group[0], suffix, image_of(group[0])) for group in groups]
+    requests = [question_file.request(group[0], suffix, image_of(group[0])) for group in groups]
     progress = Progress(f"eval {mode}", len(todo), log)
     if len(todo) < len(questions):
         log(f"eval {mode}: {len(questions) - len(todo)} answers found in {path}.")
