@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxvlm.evals import baselines, question_file, statistics
-from jaxvlm.evals.scorers import text as text_scorers
 from jaxvlm.evals.question_file import EvalError, Question
+from jaxvlm.evals.scorers import text as text_scorers
 
 
 def question(name, text="what colour?", answer="red", category="what", image="a.png"):

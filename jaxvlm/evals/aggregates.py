@@ -7,11 +7,14 @@ in the result counts such ratios.
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from jaxvlm.evals.scorers.choice import LETTERS
 
 
 class Row(NamedTuple):
@@ -250,6 +253,21 @@ def chair(rows: Sequence[Row]) -> dict[str, float]:
     mentions, false = (sum(row.values[name] for row in rows) for name in ("mentions", "hallucinated"))
     result = {"chair_s": 100.0 - mean(rows, "clean"), "chair_i": 100.0 * false / mentions if mentions else 0.0}
     return result | {"mentions_per_caption": mentions / len(rows) if rows else 0.0, "undefined": float(not mentions)}
+
+
+MMMU_SEED = 42  # of the official code
+
+
+def mmmu(rows: Sequence[Row]) -> dict[str, float]:
+    """MMMU's: a choice that cannot be read is drawn, all of them from one stream in the order of the questions."""
+    stream, guessed, counted = random.Random(MMMU_SEED), 0, []
+    for row in rows:
+        if not row.valid:
+            letters = LETTERS[: len(row.reference["choices"])]
+            right = bool(letters) and stream.choice(letters) in row.reference["answer"]
+            guessed, row = guessed + 1, row._replace(values={"accuracy": float(right)})
+        counted.append(row)
+    return overall("subject")(counted) | {"guessed": float(guessed)}
 
 
 def mmvet(rows: Sequence[Row]) -> dict[str, float]:

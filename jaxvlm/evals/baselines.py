@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from jaxvlm.evals.scorers.text import normalise
 from jaxvlm.evals.question_file import Question, plain_question
+from jaxvlm.evals.scorers.text import normalise
 
 
 @dataclass(frozen=True)

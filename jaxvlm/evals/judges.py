@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxvlm.evals.scorers import Record, judged
 from jaxvlm.evals.question_file import EvalError
+from jaxvlm.evals.scorers import Record, judged
 from jaxvlm.infer.answers import append_records, read_records
 
 # (messages, temperature, max_tokens) -> (the judge's words, the name of the model that wrote them)
@@ -66,12 +66,11 @@ def mmvet(prompt: str, text: str, reference: Record, ask: Ask) -> dict:
 
 
 def llava_bench(prompt: str, text: str, reference: Record, ask: Ask) -> dict:
-    """One LLaVA-Bench review; `prompt` is the text of rule.json, the reference has context and reference_answer."""
-    category = f"llava_bench_{reference['category']}"
+    """One LLaVA-Bench review; `prompt` is the text of rule.json, the reference has rule, context and reference_answer."""
     rules = json.loads(prompt)
-    if category not in rules:
-        raise EvalError(f"The judge's rules have no '{category}'; give LLaVA's rule.json as the prompt.")
-    role, rule = rules[category]["role"], rules[category]["prompt"]
+    if reference["rule"] not in rules:
+        raise EvalError(f"The judge's rules have no '{reference['rule']}'; give LLaVA's rule.json as the prompt.")
+    role, rule = rules[reference["rule"]]["role"], rules[reference["rule"]]["prompt"]
     caption = reference["context"]
     caption = "\n".join(caption) if isinstance(caption, list) else caption
     content = (

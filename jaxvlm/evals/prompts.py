@@ -6,10 +6,10 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from jaxvlm.evals.scorers import Record
-from jaxvlm.evals.scorers.choice import LETTERS
 from jaxvlm.evals.question_file import OPTION_LETTER as LETTER
 from jaxvlm.evals.question_file import SHORT_ANSWER as SHORT
+from jaxvlm.evals.scorers import Record
+from jaxvlm.evals.scorers.choice import LETTERS
 
 Prompt = Callable[[Record], str]
 
@@ -18,6 +18,7 @@ CHINESE_LETTER = "\n请直接回答选项字母。"
 ONLY_LETTER = "\nPlease answer directly with only the letter of the correct option and nothing else."
 SHORT_DIRECT = "\nGive the short answer directly."
 NUMBER_OR_PHRASE = "\nAnswer the question using a single number or phrase."
+DESCRIBE = "Generate a short caption of the image."
 MME_YES_NO = "Please answer yes or no."
 
 
@@ -31,6 +32,7 @@ def with_suffix(suffix: str) -> Prompt:
 
 
 short = with_suffix(SHORT)
+vizwiz = with_suffix(UNANSWERABLE + SHORT)
 
 
 def options(choices: Any) -> str:
@@ -91,11 +93,25 @@ def mmmu(record: Record) -> str:
     return re.sub(r"<image \d+>", "", text).strip()
 
 
+def mathvista_query(record: Record) -> str:
+    """MathVista's own: its file holds the whole prompt."""
+    return str(record["query"])
+
+
 def mathvista(record: Record) -> str:
     closed = record["question_type"] == "multi_choice"
     reason = "\nFirst show your reasoning process and then give the final answer."
-    return str(record["query"]) + (reason if closed else SHORT)
+    return mathvista_query(record) + (reason if closed else SHORT)
+
+
+def cvbench(record: Record) -> str:
+    """The file's own prompt, which lists the options."""
+    return str(record["prompt"]) + LETTER
 
 
 def bench(record: Record) -> str:
     return str(record["text"])
+
+
+def describe(record: Record) -> str:
+    return DESCRIBE

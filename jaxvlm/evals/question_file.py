@@ -158,9 +158,14 @@ def _record_pairs(record: dict) -> list[tuple[str, str]]:
     ]
 
 
+# What prompts add to a question: response formats, the texts of the image's OCR.
+_ADDED = re.compile(
+    "|".join(re.escape(text) for text in (IMAGE_MARK, SHORT_ANSWER.strip(), OPTION_LETTER.strip()))
+    + r"|When the provided information is insufficient, respond with 'Unanswerable'\.|Please answer yes or no\."
+    + r"|Reference OCR tokens?:[^\n]*"
+)
+
+
 def plain_question(text: str) -> str:
     """A question without its image marker and response format, with single blanks."""
-    text = text.replace(IMAGE_MARK, " ")
-    for suffix in FORMATS.values():
-        text = text.replace(suffix.strip(), " ") if suffix else text
-    return re.sub(r"\s+", " ", text).strip()
+    return re.sub(r"\s+", " ", _ADDED.sub(" ", text)).strip()

@@ -1,7 +1,8 @@
-"""Readers of the benchmarks' official files: a path -> reference records in the official fields.
+"""Readers of the benchmarks' official files, in two steps: a path -> official records, a record -> what ours adds to it.
 
-Each record also has `id` (a string, unique) and `image` (a path under the benchmark's folder, an index, or None), `group`
-where questions stand or fall together, and `choices` where there are any. Images are never opened here.
+A reader joins and flattens files and changes no field. `completed` then adds `id` (a string), `group` where questions
+stand or fall together (an image, a pair, a circle), and `image`, `choices` and the like where the official fields have
+them in another form; it leaves alone what is there already. Images are never opened here.
 """
 
 from __future__ import annotations
@@ -11,35 +12,68 @@ import io
 import json
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from jaxvlm.evals.question_file import EvalError, plain_question
 from jaxvlm.evals.scorers.captions import read_synonyms
-from jaxvlm.evals.question_file import EvalError
 
 csv.field_size_limit(1 << 27)  # MMBench's TSV holds its images in base64
+
+# Official record -> the same with more fields. Raises KeyError for a field that should be there.
+Complete = Callable[[dict], dict]
+
+ID_NAMES = ("id", "question_id", "questionId", "pid", "index", "idx")
+
+
+def completed(records: Iterable[dict], complete: Complete) -> list[dict]:
+    """Records with `id` and `group`: made by `complete`, else one of the usual names, else the record's place.
+
+    Raises `EvalError` naming the record that lacks a field, or the id that occurs twice.
+    """
+    found, seen = [], set()
+    for place, record in enumerate(records):
+        try:
+            made = complete(record)
+        except (KeyError, IndexError, ValueError, TypeError) as error:
+            raise EvalError(f"Reference {place} is not in the official form ({error!r}): {str(record)[:200]}") from None
+        made["id"] = str(next((made[name] for name in ID_NAMES if name in made), place))
+        made.setdefault("group", str(made.get("image") or made["id"]))
+        if made["id"] in seen:
+            raise EvalError(f"Two references have the id {made['id']}; ids must be unique.")
+        seen.add(made["id"])
+        found.append(made)
+    return found
+
+
+def named(**templates: str) -> Complete:
+    """Adds fields made of others, as in id="{question_id}"; with nothing to add, copies."""
+
+    def complete(record: dict) -> dict:
+        return {name: template.format_map(record) for name, template in templates.items()} | record
+
+    return complete
+
+
+# ----------------------------------------------------------------------------------------------------------- file forms
 
 
 def read_json(path: Path) -> Any:
     """A JSON file; raises `EvalError` naming it if it is missing or broken."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise EvalError(f"{path} does not exist; docs/evaluation.md lists the files that each task reads.") from None
+        return json.loads(_text(path))
     except ValueError as error:
         raise EvalError(f"{path} is not JSON: {error}.") from None
 
 
 def read_lines(path: Path) -> list[dict]:
     """A JSONL file, or a JSON list; raises `EvalError` naming the file and line."""
-    if not path.is_file():
-        raise EvalError(f"{path} does not exist; docs/evaluation.md lists the files that each task reads.")
-    text = path.read_text(encoding="utf-8")
+    text = _text(path)
     if text.lstrip().startswith("["):
         return read_json(path)
     records = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines() would split at U+2028 inside a string
         if line.strip():
             try:
                 records.append(json.loads(line))
@@ -48,13 +82,18 @@ def read_lines(path: Path) -> list[dict]:
     return records
 
 
-def rows(path: Path) -> list[dict]:
+def _text(path: Path) -> str:
+    if not path.is_file():
+        raise EvalError(f"{path} is not a file; `jaxvlm eval tasks NAME` says which files a task reads.")
+    return path.read_text(encoding="utf-8")
+
+
+def table(path: Path) -> list[dict]:
     """Any table of records: .json (a list), .jsonl, .tsv, .csv; empty cells are absent."""
-    if path.suffix in (".tsv", ".csv"):
-        with path.open(encoding="utf-8", newline="") as file:
-            table = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-            return [{key: value for key, value in row.items() if value not in ("", None)} for row in table]
-    return read_lines(path)
+    if path.suffix not in (".tsv", ".csv"):
+        return read_lines(path)
+    rows = csv.DictReader(io.StringIO(_text(path), newline=""), delimiter="\t" if path.suffix == ".tsv" else ",")
+    return [{key: value for key, value in row.items() if value not in ("", None)} for row in rows]
 
 
 def one(folder: Path, pattern: str) -> Path:
@@ -63,11 +102,6 @@ def one(folder: Path, pattern: str) -> Path:
     if len(found) != 1:
         raise EvalError(f"{folder} holds {len(found)} files {pattern}; exactly one is needed.")
     return found[0]
-
-
-def numbered(records: list[dict]) -> Iterator[dict]:
-    """Records with their place as `id`, where a data set numbers its questions so (the Hub's copies)."""
-    return ({"id": str(index), **record} for index, record in enumerate(records))
 
 
 # ------------------------------------------------------------------------------------------------------------- open VQA
@@ -80,47 +114,51 @@ def vqav2(path: Path) -> list[dict]:
     lacking = [item["question_id"] for item in questions if item["question_id"] not in answers]
     if lacking:
         raise EvalError(f"{path}: {len(lacking)} questions have no annotation, the first is {lacking[0]}.")
-    return [
-        {
-            **answers[q["question_id"]],
-            **q,
-            "id": str(q["question_id"]),
-            "group": str(q["image_id"]),
-            "image": q["image_id"],
-        }
-        for q in questions
-    ]
+    return [answers[question["question_id"]] | question for question in questions]
+
+
+vqav2_fields = named(id="{question_id}", group="{image_id}", image="{image_id}")
 
 
 def gqa(path: Path) -> list[dict]:
     """testdev_balanced_questions.json."""
-    questions = read_json(path)
-    return [
-        {**q, "id": str(name), "group": q["imageId"], "image": f"{q['imageId']}.jpg"} for name, q in questions.items()
-    ]
+    return [{"questionId": name, **question} for name, question in read_json(path).items()]
+
+
+gqa_fields = named(id="{questionId}", group="{imageId}", image="{imageId}.jpg")
 
 
 def textvqa(path: Path) -> list[dict]:
-    """TextVQA_0.5.1_val.json; `ocr_tokens` come with the Hub's copy, or from a Rosetta file beside it (*_ocr*.json)."""
-    found = read_json(path)["data"]
+    """TextVQA_0.5.1_val.json; `ocr_tokens` come with the Hub's copy, or from a Rosetta file beside it (*ocr*.json)."""
     tokens = {}
     for extra in sorted(path.parent.glob("*ocr*.json")):
         tokens |= {item["image_id"]: item.get("ocr_tokens", []) for item in read_json(extra)["data"]}
+    questions = read_json(path)["data"]
+    return [{"ocr_tokens": tokens[q["image_id"]], **q} if q["image_id"] in tokens else q for q in questions]
+
+
+textvqa_fields = named(id="{question_id}", group="{image_id}", image="{image_id}.jpg")
+
+
+def data_list(path: Path) -> list[dict]:
+    """DocVQA's, InfoVQA's and ST-VQA's {"data": [...]}."""
+    return read_json(path)["data"]
+
+
+def chartqa(path: Path) -> list[dict]:
+    """A folder with test_human.json and test_augmented.json, or one such table."""
+    files = sorted(path.glob("test_*.json")) if path.is_dir() else [path]
     return [
-        {
-            "ocr_tokens": tokens.get(q["image_id"], []),
-            **q,
-            "id": str(q["question_id"]),
-            "group": q["image_id"],
-            "image": f"{q['image_id']}.jpg",
-        }
-        for q in found
+        {"id": f"{file.stem}/{place}", "type": file.stem.removeprefix("test_"), **q}
+        for file in files
+        for place, q in enumerate(read_lines(file))
     ]
 
 
-def vizwiz(path: Path) -> list[dict]:
-    """val.json."""
-    return [{**q, "id": q["image"], "group": q["image"]} for q in read_json(path)]
+def chartqa_fields(q: dict) -> dict:
+    """The official names, imgname, query and label, are the Hub's image, question and answer."""
+    names = (("imgname", "image"), ("query", "question"), ("label", "answer"))
+    return {ours: q[theirs] for theirs, ours in names if theirs in q} | q
 
 
 # --------------------------------------------------------------------------------------------------------------- yes/no
@@ -131,13 +169,13 @@ def pope(path: Path) -> list[dict]:
     files = sorted(path.glob("coco_pope_*.json"))
     if not files:
         raise EvalError(f"{path} holds no coco_pope_*.json.")
-    found = []
-    for file in files:
-        category = file.stem.removeprefix("coco_pope_")
-        for q in read_lines(file):
-            name = f"{category}/{q['question_id']}"
-            found.append({**q, "id": name, "category": category, "group": q["image"], "question": q["text"]})
-    return found
+    return [{"category": f.stem.removeprefix("coco_pope_"), **q} for f in files for q in read_lines(f)]
+
+
+def pope_fields(q: dict) -> dict:
+    category = q.get("category", "all")
+    added = {"id": f"{category}/{q['question_id']}", "category": category, "group": q.get("image", category)}
+    return added | ({"question": q["text"]} if "text" in q else {}) | q
 
 
 def mme(path: Path) -> list[dict]:
@@ -152,26 +190,19 @@ def mme(path: Path) -> list[dict]:
             found += [(category, file.stem, *line.split("\t")[:2]) for line in _lines(file)]
     if not found:
         raise EvalError(f"{path} holds neither {{task}}.txt files nor folders of them.")
-    seen: dict[str, int] = {}
-    records = []
-    for category, image, question, answer in found:
-        group = f"{category}/{image}"
-        seen[group] = seen.get(group, 0) + 1
-        record = {"category": category, "image": image, "question": question, "answer": answer.strip()}
-        records.append({"id": f"{group}#{seen[group]}", "group": group, **record})
-    odd = [group for group, count in seen.items() if count != 2]
-    if odd:
-        raise EvalError(f"{path}: an image has two questions in MME, but {odd[0]} has {seen[odd[0]]}.")
-    return records
+    return [dict(zip(("category", "image", "question", "answer"), row, strict=True)) for row in found]
 
 
 def _lines(path: Path) -> list[str]:
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [line for line in _text(path).split("\n") if line.strip()]
 
 
-def vsr(path: Path) -> list[dict]:
-    """test.jsonl."""
-    return [{"group": q["image"], **q} for q in numbered(read_lines(path))]
+def mme_fields(q: dict) -> dict:
+    """A question's id is its task, image and words: the official files number nothing."""
+    group = f"{q['category']}/{Path(q['image']).stem}"
+    return (
+        {"id": f"{group}/{plain_question(q['question']).lower()}", "group": group} | q | {"answer": q["answer"].strip()}
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- choices
@@ -180,134 +211,85 @@ def vsr(path: Path) -> list[dict]:
 def scienceqa(path: Path, split: str = "test") -> list[dict]:
     """A folder with problems.json and pid_splits.json."""
     problems, splits = read_json(path / "problems.json"), read_json(path / "pid_splits.json")
-    return [{**problems[name], "id": name} for name in splits[split]]
+    return [{"pid": name, **problems[name]} for name in splits[split]]
 
 
-def mmbench(path: Path) -> list[dict]:
-    """The TSV; a rotation's index is its question's plus pass x 1,000,000, and options end at the first that is nan."""
-    found = []
-    for q in rows(path):
-        index = int(q["index"])
-        options = []
-        for letter in "ABCD":
-            if str(q.get(letter, "nan")).lower() in ("nan", "none"):
-                break
-            options.append(q[letter])
-        hint = {} if str(q.get("hint", "nan")).lower() in ("nan", "none") else {"hint": q["hint"]}
-        kept = {key: value for key, value in q.items() if key not in ("image", "hint")}
-        group = str(index % 1_000_000)
-        extra = {
-            "id": str(index),
-            "group": group,
-            "rotation": index // 1_000_000,
-            "choices": options,
-            "image": str(index),
-        }
-        found.append(kept | hint | extra)
-    return found
+def mmbench_fields(q: dict) -> dict:
+    """A rotation's index is its question's plus pass x 1,000,000; options end at the first that is nan."""
+    index, options = int(q["index"]), []
+    for letter in "ABCD":
+        if _absent(q.get(letter)):
+            break
+        options.append(q[letter])
+    kept = {key: value for key, value in q.items() if not (key == "image" or (key == "hint" and _absent(value)))}
+    added = {"id": str(index), "group": str(index % 1_000_000), "rotation": index // 1_000_000}
+    return added | {"choices": options, "image": str(index)} | kept
+
+
+def _absent(cell: Any) -> bool:
+    return cell is None or str(cell).lower() in ("nan", "none")
 
 
 def seed(path: Path) -> list[dict]:
     """SEED-Bench.json."""
-    return [
-        {
-            **q,
-            "id": str(q["question_id"]),
-            "group": str(q["data_id"]),
-            "image": q["data_id"],
-            "choices": [q[f"choice_{letter}"] for letter in "abcd"],
-        }
-        for q in read_json(path)["questions"]
-    ]
+    return read_json(path)["questions"]
 
 
-def tallyqa(path: Path) -> list[dict]:
-    """test.json."""
-    return [
-        {**q, "id": str(q["question_id"]), "group": q["image"], "choices": list(range(16))} for q in read_json(path)
-    ]
+def seed_fields(q: dict) -> dict:
+    choices = [q[f"choice_{letter}"] for letter in "abcd"]
+    return named(id="{question_id}", group="{data_id}", image="{data_id}")({"choices": choices, **q})
+
+
+def tallyqa_fields(q: dict) -> dict:
+    """Prismatic's sixteen choices."""
+    return named(id="{question_id}", group="{image}")({"choices": [str(number) for number in range(16)], **q})
 
 
 def ai2d(path: Path) -> list[dict]:
     """A folder questions/ of {image}.json, or the Hub's table of question, options, answer (an index)."""
     if path.is_file():
-        return [{**q, "choices": q["options"], "answer": int(q["answer"])} for q in numbered(rows(path))]
+        return table(path)
     found = []
     for file in sorted(path.glob("*.json")):
         page = read_json(file)
-        for text, q in page["questions"].items():
-            extra = {"id": q["questionId"], "image": page["imageName"], "group": page["imageName"], "question": text}
-            found.append({**q, **extra, "choices": q["answerTexts"], "answer": q["correctAnswer"]})
+        found += [{"image": page["imageName"], "question": text, **q} for text, q in page["questions"].items()]
     return found
 
 
-def mmvp(path: Path) -> list[dict]:
-    """Questions.csv; two rows in a row are a pair."""
-    found = []
-    for number, q in enumerate(rows(path)):
-        index = int(q.get("Index") or q["lndex"])  # the file's own header has an l for the I
-        choices = [part.split(")", 1)[1].strip() for part in q["Options"].split("(")[1:]]
-        names = {"id": str(index), "group": str(number // 2), "image": f"{index}.jpg"}
-        found.append({**names, "question": q["Question"], "choices": choices, "answer": q["Correct Answer"]})
-    return found
+def ai2d_fields(q: dict) -> dict:
+    choices = q.get("answerTexts", q.get("options"))
+    return {"choices": choices} | q | {"answer": int(q.get("correctAnswer", q.get("answer")))}
 
 
-def cvbench(path: Path) -> list[dict]:
-    """The Hub's table of idx, type, task, question, choices, answer "(A)", prompt, source."""
-    return [{**q, "id": str(q["idx"])} for q in rows(path)]
+def mmvp_fields(q: dict) -> dict:
+    """Two questions in a row are a pair. (The file's own header has an l for the I of Index.)"""
+    index = int(q.get("Index") or q["lndex"])
+    choices = [part.split(")", 1)[1].strip() for part in q["Options"].split("(")[1:]]
+    names = {"id": str(index), "group": str((index - 1) // 2), "image": f"{index}.jpg"}
+    return names | {"question": q["Question"], "choices": choices, "answer": q["Correct Answer"]} | q
 
 
-def table(path: Path) -> list[dict]:
-    """Any table of records in the official fields; `id` is its own, else question_id, questionId, index or the place."""
-    records = rows(path)
-    for name in ("id", "question_id", "questionId", "pid", "index"):
-        if records and all(name in record for record in records):
-            return [{**record, "id": str(record[name])} for record in records]
-    return list(numbered(records))
+def mmstar_fields(q: dict) -> dict:
+    """The options are part of the question."""
+    return {"choices": list("ABCD"), **q}
 
 
-def mmstar(path: Path) -> list[dict]:
-    """The Hub's table; the options are part of the question."""
-    return [{"choices": list("ABCD"), **q} for q in table(path)]
-
-
-def mmmu(path: Path) -> list[dict]:
-    """The Hub's table; `options` is a Python list as text, and a question's id names its subject."""
-    found = []
-    for q in table(path):
-        options = q.get("options", [])
-        options = re.findall(r"'(.*?)'", options) if isinstance(options, str) else options
-        subject = re.sub(r"^(validation|dev|test)_|_\d+$", "", q["id"])
-        found.append({"subject": subject, **q, "choices": options})
-    return found
+def mmmu_fields(q: dict) -> dict:
+    """`options` is a Python list as text; a question's id names its subject."""
+    options = q.get("options", [])
+    options = re.findall(r"'(.*?)'", options) if isinstance(options, str) else options
+    return {"subject": re.sub(r"^(validation|dev|test)_|_\d+$", "", q["id"]), "choices": options} | q
 
 
 def mathvista(path: Path) -> list[dict]:
-    """testmini.json: records by pid, their `metadata` beside them."""
+    """testmini.json: records by pid, or a list of them."""
     found = read_json(path)
-    items = found.items() if isinstance(found, dict) else ((q["pid"], q) for q in found)
-    return [{"query": q.get("question"), **q, **q.get("metadata", {}), "id": str(pid)} for pid, q in items]
+    return [{"pid": pid, **q} for pid, q in found.items()] if isinstance(found, dict) else found
 
 
-# ----------------------------------------------------------------------------------------------------- documents, charts
-
-
-def documents(path: Path) -> list[dict]:
-    """DocVQA's and InfoVQA's {"data": [{"questionId", "question", "answers", "image"}]}."""
-    found = read_json(path)["data"]
-    return [{**q, "id": str(q["questionId"]), "group": str(q.get("image", q["questionId"]))} for q in found]
-
-
-def chartqa(path: Path) -> list[dict]:
-    """A folder with test_human.json and test_augmented.json of {"imgname", "query", "label"}, or one such table."""
-    files = sorted(path.glob("test_*.json")) if path.is_dir() else [path]
-    found = []
-    for file in files:
-        kind = file.stem.removeprefix("test_")
-        for index, q in enumerate(read_lines(file)):
-            extra = {"id": f"{kind}/{index}", "question": q["query"], "answer": q["label"], "type": kind}
-            found.append({**q, **extra, "image": q["imgname"], "group": q["imgname"]})
-    return found
+def mathvista_fields(q: dict) -> dict:
+    """What stands in `metadata` beside the rest."""
+    return {"query": q.get("question")} | q.get("metadata", {}) | q
 
 
 # ----------------------------------------------------------------------------------------------------------------- boxes
@@ -348,20 +330,21 @@ def refcoco(path: Path, split: str = "val") -> list[dict]:
     return found
 
 
+def ocid_ref(path: Path) -> list[dict]:
+    """val.json of expressions by id."""
+    return [{"id": name, **q} for name, q in read_json(path).items()]
+
+
 CLUTTER = ((9, "Minimum"), (16, "Medium"), (20, "Maximum"))  # the last take_id of each
 
 
-def ocid_ref(path: Path) -> list[dict]:
-    """val.json of expressions by id; `bbox` is text, read as xyxy. Raises `EvalError` for a box that is not."""
-    found = []
-    for name, q in read_json(path).items():
-        box = json.loads(q["bbox"]) if isinstance(q["bbox"], str) else q["bbox"]
-        if not (box[0] < box[2] <= 640 and box[1] < box[3] <= 480):
-            raise EvalError(f"{path}: the box {box} of {name} is not x1, y1, x2, y2 in a 640 x 480 image.")
-        clutter = next((level for last, level in CLUTTER if q["take_id"] <= last), None)
-        extra = {"bbox": box, "image": q["scene_path"], "group": q["scene_path"], "clutter": clutter}
-        found.append({**q, **extra, "id": str(name)})
-    return found
+def ocid_ref_fields(q: dict) -> dict:
+    """`bbox` is text, read as xyxy; a box that is not raises ValueError."""
+    box = json.loads(q["bbox"]) if isinstance(q["bbox"], str) else q["bbox"]
+    if not (box[0] < box[2] <= 640 and box[1] < box[3] <= 480):
+        raise ValueError(f"{box} is not x1, y1, x2, y2 in a 640 x 480 image")
+    clutter = next((level for last, level in CLUTTER if q["take_id"] <= last), None)
+    return {"image": q["scene_path"], "clutter": clutter} | q | {"bbox": box}
 
 
 # ------------------------------------------------------------------------------------------------------ captions, judged
@@ -369,7 +352,7 @@ def ocid_ref(path: Path) -> list[dict]:
 
 def chair(path: Path) -> list[dict]:
     """A folder with images.json, {image id: [objects]}, and CHAIR's synonyms.txt."""
-    synonyms = read_synonyms((path / "synonyms.txt").read_text(encoding="utf-8").splitlines())
+    synonyms = read_synonyms(_lines(path / "synonyms.txt"))
     objects = read_json(path / "images.json")
     return [
         {"id": name, "image": name, "objects": sorted({synonyms.get(o, o) for o in names}), "synonyms": synonyms}
@@ -379,20 +362,30 @@ def chair(path: Path) -> list[dict]:
 
 def mmvet(path: Path) -> list[dict]:
     """mm-vet.json."""
-    return [{**q, "id": name, "image": q["imagename"]} for name, q in read_json(path).items()]
+    return [{"id": name, "image": q["imagename"], **q} for name, q in read_json(path).items()]
 
 
 def llava_bench(path: Path) -> list[dict]:
-    """A folder with questions.jsonl, context.jsonl and answers_gpt4.jsonl."""
-    contexts = {item["image"]: item["caption"] for item in read_lines(path / "context.jsonl")}
-    answers = {item["question_id"]: item["text"] for item in read_lines(path / "answers_gpt4.jsonl")}
+    """A folder with *questions.jsonl, *gpt4*.jsonl and context.jsonl (Wild) or caps_boxes*.jsonl (COCO).
+
+    `rule` names the judge's rule: each has its own three in rule.json.
+    """
+    wild = (path / "context.jsonl").is_file()
+    pictures = read_lines(path / "context.jsonl" if wild else one(path, "caps_boxes*.jsonl"))
+    contexts = {item["image"]: item["caption"] if wild else _coco_context(item) for item in pictures}
+    answers = {item["question_id"]: item["text"] for item in read_lines(one(path, "*gpt4*.jsonl"))}
     return [
         {
-            **q,
-            "id": str(q["question_id"]),
-            "group": q["image"],
             "context": contexts[q["image"]],
             "reference_answer": answers[q["question_id"]],
+            "rule": "llava_bench_" * wild + q["category"],
+            **q,
         }
-        for q in read_lines(path / "questions.jsonl")
+        for q in read_lines(one(path, "*questions.jsonl"))
     ]
+
+
+def _coco_context(item: dict) -> str:
+    """Captions, then the objects with their boxes."""
+    boxes = [f"{instance['category']}: {instance['bbox']}" for instance in item["instances"]]
+    return "\n".join(item["captions"]) + "\n\n" + "\n".join(boxes)

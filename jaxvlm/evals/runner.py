@@ -10,8 +10,8 @@ import numpy as np
 
 from jaxvlm.config import EvalConfig
 from jaxvlm.evals import baselines, question_file, statistics
-from jaxvlm.evals.scorers.text import exact_match
 from jaxvlm.evals.question_file import EvalError, Question
+from jaxvlm.evals.scorers.text import exact_match
 from jaxvlm.infer.answers import Progress, append_records, read_records
 from jaxvlm.infer.engine import Engine
 

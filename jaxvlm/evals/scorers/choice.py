@@ -104,9 +104,16 @@ def _letter_of(reference: Record) -> str:
 
 
 def cambrian(prediction: Record, reference: Record) -> Scored:
-    """AI2D and MMBench in Cambrian."""
+    """MMBench in Cambrian."""
     letter = cambrian_letter(prediction["text"])
     return accuracy(letter, letter == _letter_of(reference), _is_choice(letter, reference))
+
+
+def diagrams_cambrian(prediction: Record, reference: Record) -> Scored:
+    """AI2D in Cambrian: its script makes a to d the index that the truth is, so the index itself is right too."""
+    letter = cambrian_letter(prediction["text"])
+    index = str(reference["answer"])
+    return accuracy(letter, letter in (_letter_of(reference), index), _is_choice(letter, reference))
 
 
 def cambrian_period_only(prediction: Record, reference: Record) -> Scored:

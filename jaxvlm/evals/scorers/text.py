@@ -192,7 +192,7 @@ def mmmu_open(prediction: Record, reference: Record) -> Scored:
 def mmmu(prediction: Record, reference: Record) -> Scored:
     """MMMU's own. A choice that cannot be read is guessed by the official code, with one random stream for all of them.
 
-    Such a row is not valid here, and `score` draws the guess in the references' order (evaluation: seed 42).
+    Such a row is not valid and wrong here; `aggregates.mmmu` draws the guesses.
     """
     if reference["question_type"] != "multiple-choice":
         return mmmu_open(prediction, reference)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from jaxvlm.evals.scorers import Record, Scored, accuracy
 from jaxvlm.evals.scorers.normalise import evalai, flat, punctuation, vizwiz, vqa
 
+NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 PEOPLE = 10  # answers that TextVQA's evaluator insists on
 
 
@@ -38,11 +39,6 @@ def vqav2(prediction: Record, reference: Record) -> Scored:
     return accuracy(answer, soft_accuracy(answer, people))
 
 
-def vqav2_llava(prediction: Record, reference: Record) -> Scored:
-    """What LLaVA submits (EvalAI's rewriting of the text) under the official score."""
-    return vqav2({"text": evalai(prediction["text"])}, reference)
-
-
 def vqav2_prismatic(prediction: Record, reference: Record) -> Scored:
     """Prismatic's copy: the prediction always rewritten, the people's answers only freed of punctuation."""
     answer = vqa(prediction["text"])
@@ -57,7 +53,7 @@ def textvqa(prediction: Record, reference: Record) -> Scored:
     return accuracy(answer, soft_accuracy(answer, people))
 
 
-def vizwiz_official(prediction: Record, reference: Record) -> Scored:
+def vizwiz_accuracy(prediction: Record, reference: Record) -> Scored:
     """VizWiz's: the prediction rewritten, the people's answers as they are; and whether it says unanswerable."""
     answer = vizwiz(prediction["text"])
     values = {
@@ -67,24 +63,19 @@ def vizwiz_official(prediction: Record, reference: Record) -> Scored:
     return Scored(answer, values)
 
 
-def vizwiz_llava(prediction: Record, reference: Record) -> Scored:
-    """What LLaVA submits (EvalAI's rewriting of the text) under VizWiz's score."""
-    return vizwiz_official({"text": evalai(prediction["text"])}, reference)
-
-
 def gqa(prediction: Record, reference: Record) -> Scored:
     """GQA's own: equal strings, nothing rewritten."""
     return accuracy(prediction["text"], prediction["text"] == reference["answer"])
 
 
-def gqa_llava(prediction: Record, reference: Record) -> Scored:
-    """LLaVA's conversion before it: periods at the end stripped, lower case (convert_gqa_for_eval.py)."""
-    return gqa({"text": prediction["text"].rstrip(".").lower()}, reference)
+def gqa_rewrite_llava(text: str) -> str:
+    """What LLaVA submits: periods at the end stripped, lower case (convert_gqa_for_eval.py)."""
+    return text.rstrip(".").lower()
 
 
-def gqa_prismatic(prediction: Record, reference: Record) -> Scored:
-    """Prismatic's: all ASCII punctuation deleted, so the answers t-shirt and dry-erase board cannot be given."""
-    return gqa({"text": prediction["text"].translate(str.maketrans("", "", string.punctuation)).lower()}, reference)
+def gqa_rewrite_prismatic(text: str) -> str:
+    """What Prismatic submits: no ASCII punctuation, so the answers t-shirt and dry-erase board cannot be given."""
+    return text.translate(NO_PUNCTUATION).lower()
 
 
 def gqa_cambrian(prediction: Record, reference: Record) -> Scored:
