@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,9 +36,9 @@ def mean(rows: Sequence[Row], name: str = "accuracy") -> float:
     return 100.0 * sum(row.values[name] for row in rows) / len(rows) if rows else 0.0
 
 
-def by(rows: Sequence[Row], key: Callable[[Row], Hashable]) -> dict[Any, list[Row]]:
+def by(rows: Iterable[Any], key: Callable[[Any], Hashable]) -> dict[Any, list]:
     """Rows by a key, in order of first appearance; rows whose key is None are left out."""
-    parts: dict[Any, list[Row]] = {}
+    parts: dict[Any, list] = {}
     for row in rows:
         if (name := key(row)) is not None:
             parts.setdefault(name, []).append(row)

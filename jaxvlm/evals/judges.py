@@ -83,7 +83,7 @@ def llava_bench(prompt: str, text: str, reference: Record, ask: Ask) -> dict:
     return {"pair": judged.pair(review), "content": review, "judge": name}
 
 
-JUDGEMENTS = {"mm-vet": mmvet, "llava-bench-wild": llava_bench, "llava-bench-coco": llava_bench}
+ASK_ABOUT = {"mm-vet": mmvet, "llava-bench-wild": llava_bench, "llava-bench-coco": llava_bench}
 
 
 def judge(
@@ -93,13 +93,13 @@ def judge(
 
     Raises `EvalError` if `out` holds judgements with another prompt or of other texts.
     """
-    out, version = Path(out), prompt_version(prompt)
-    done = {record["question_id"]: record for record in read_records(out)}
+    out, version = Path(out), digest_of(prompt)
+    done = {str(record["question_id"]): record for record in read_records(out)}
     for reference in references:
         name = str(reference["id"])
-        digest = hashlib.sha256(texts[name].encode()).hexdigest()[:16]
+        digest = digest_of(texts[name])
         if name not in done:
-            made = JUDGEMENTS[task](prompt, texts[name], reference, ask)
+            made = ASK_ABOUT[task](prompt, texts[name], reference, ask)
             done[name] = {"question_id": name, **made, "prompt": version, "text": digest}
             append_records(out, [done[name]])
         elif (done[name]["prompt"], done[name]["text"]) != (version, digest):
@@ -109,8 +109,25 @@ def judge(
     return done
 
 
-def prompt_version(prompt: str) -> str:
-    return hashlib.sha256(prompt.encode()).hexdigest()[:16]
+def digest_of(text: str) -> str:
+    """A short hash by which a result names the judge's prompt and a judgement its answer."""
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
+
+
+def judged_answers(answers: Mapping[str, Mapping], judgements: Mapping[str, dict]) -> list[dict]:
+    """Answers by question id, each with its judgement.
+
+    Raises `EvalError` for an answer without a judgement, or with one of another answer.
+    """
+    found = []
+    for name, answer in answers.items():
+        if name not in judgements:
+            raise EvalError(f"There is no judgement of the answer to {name}; {len(judgements)} others are there.")
+        judgement = judgements[name]
+        if "text" in judgement and "text" in answer and judgement["text"] != digest_of(answer["text"]):
+            raise EvalError(f"The judgement of {name} is of another answer than the one given.")
+        found.append({**answer, "id": name, "judgement": judgement})
+    return found
 
 
 def read_judgements(path: str | Path) -> dict[str, dict]:

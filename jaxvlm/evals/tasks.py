@@ -11,6 +11,7 @@ import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from jaxvlm.evals import aggregates, prompts, readers
 from jaxvlm.evals.aggregates import Aggregate, overall
@@ -413,14 +414,21 @@ TASKS: dict[str, Task] = {
 
 def find(task: str, protocol: str) -> tuple[Task, Protocol]:
     """A task and one of its protocols. Raises `EvalError` with the nearest valid name and all of them."""
-    found = TASKS.get(task) or _unknown("task", task, TASKS)
-    return found, found.protocols.get(protocol) or _unknown(f"protocol of {task}", protocol, found.protocols)
+    found = find_task(task)
+    return found, _named("protocol", protocol, found.protocols, f" for {task}")
 
 
-def _unknown(what: str, name: str, known: Mapping) -> None:
+def find_task(name: str) -> Task:
+    """The task of that name; errors as `find`."""
+    return _named("task", name, TASKS)
+
+
+def _named(what: str, name: str, known: Mapping, of: str = "") -> Any:
+    if name in known:
+        return known[name]
     near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
     hint = f" Did you mean '{near[0]}'?" if near else ""
-    raise EvalError(f"There is no {what} '{name}'.{hint} Valid: {', '.join(known)}.")
+    raise EvalError(f"There is no {what} '{name}'{of}.{hint} Valid: {', '.join(known)}.")
 
 
 def read_references(task: str, path: str | Path, split: str = "") -> list[dict]:
@@ -428,7 +436,7 @@ def read_references(task: str, path: str | Path, split: str = "") -> list[dict]:
 
     Raises `EvalError` for an unknown task, a missing or broken file, or records in another form.
     """
-    found = TASKS.get(task) or _unknown("task", task, TASKS)
+    found = find_task(task)
     path = Path(path)
     try:
         records = found.read(path, split) if found.split_in_files and split else found.read(path)

@@ -1,0 +1,171 @@
+"""`jaxvlm eval VERB`: benchmarks without a model: what there is, scores of answers on file, submissions."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxvlm.config import ConfigError
+from jaxvlm.evals import answers, judges, submissions, tasks
+from jaxvlm.evals.scoring import score as score_answers
+
+USAGE = """jaxvlm eval: evaluate a run, and score answers that any program wrote.
+
+  jaxvlm eval --run WORKDIR                                          evaluate a run (`jaxvlm eval --run --help`)
+  jaxvlm eval tasks  [TASK]                                          the benchmarks and their protocols
+  jaxvlm eval score  --task T --protocol P --answers A --references R   score answers; no model is run
+  jaxvlm eval export --task T --protocol P --answers A --references R --out F   write the benchmark's submission file
+
+A is LLaVA's answer JSONL, `jaxvlm generate`'s, or an official submission; R is what `jaxvlm eval tasks T` says. Example:
+  jaxvlm eval score --task gqa --protocol llava15 --answers merge.jsonl --references testdev_balanced_questions.json
+"""
+
+
+def show_tasks(argv: Sequence[str]) -> int:
+    """The benchmarks and their protocols; with the name of one, what it reads and how each protocol scores it."""
+    parser = argparse.ArgumentParser(prog="jaxvlm eval tasks", description=show_tasks.__doc__)
+    parser.add_argument("task", nargs="?")
+    name = parser.parse_args(argv).task
+    if not name:
+        rows = [("task", "benchmark", "protocols")]
+        rows += [(name, task.title, ", ".join(task.protocols)) for name, task in tasks.TASKS.items()]
+        print(_columns(rows))
+        return 0
+    task = tasks.find_task(name)
+    splits = ", ".join(f"{split} ({count:,})" for split, count in task.splits.items()) or "not listed"
+    print(f"{task.title}\n  reads       {task.files}\n  splits      {splits}")
+    print(f"  submission  {'yes' if name in submissions.WRITERS else 'none'}\n")
+    rows = [("protocol", "takes", "papers print", "")]
+    rows += [(key, how.takes, how.headline, how.note) for key, how in task.protocols.items()]
+    print(_columns(rows))
+    return 0
+
+
+def score(argv: Sequence[str]) -> int:
+    """Score answers on file as a paper does. No model is run, but for a judge where the benchmark has one."""
+    parser = _parser("score", score.__doc__)
+    parser.add_argument("--split", default="", help="the questions' split (default: told by their number)")
+    parser.add_argument("--model", default="", help="the model that answered (default: what the answers say)")
+    parser.add_argument("--subset", action="store_true", help="score the questions that were answered")
+    parser.add_argument(
+        "--out", metavar="FILE", help="write the whole result there, every answer's score with it, as JSON"
+    )
+    judge = parser.add_argument_group("benchmarks whose answers another model rates")
+    judge.add_argument("--judgements", metavar="FILE", help="the ratings: read, or written with --judge")
+    judge.add_argument("--judge", metavar="URL", help="ask the server at this address, as in http://127.0.0.1:8000/v1")
+    judge.add_argument("--judge-model", metavar="NAME", help="its model")
+    judge.add_argument("--judge-prompt", metavar="FILE", help="MM-Vet's few-shot prompt, or LLaVA's rule.json")
+    options = parser.parse_args(argv)
+    _, how = tasks.find(options.task, options.protocol)
+    references, found = _read(options)
+    if how.takes == "judgement":
+        found = _judged(options, references, found)
+    result = score_answers(
+        options.task,
+        options.protocol,
+        found,
+        references,
+        split=options.split,
+        model=options.model,
+        subset=options.subset,
+    )
+    print(_summary(result))
+    if options.out:
+        Path(options.out).write_text(
+            json.dumps(result, ensure_ascii=False, indent=1, default=str) + "\n", encoding="utf-8"
+        )
+        print(f"\nWritten to {options.out}.")
+    return 0
+
+
+def export(argv: Sequence[str]) -> int:
+    """Write answers as the file that the benchmark's own code or server takes."""
+    parser = _parser("export", export.__doc__)
+    parser.add_argument("--split", default="", help="the questions' split, where the files hold several")
+    parser.add_argument("--out", required=True, metavar="PATH", help="the file to write; a folder for MME and POPE")
+    options = parser.parse_args(argv)
+    tasks.find(options.task, options.protocol)
+    references, found = _read(options)
+    count = submissions.export(options.task, options.protocol, found, references, options.out)
+    print(f"{options.out}: {count:,} answers.")
+    return 0
+
+
+def _parser(verb: str, description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"jaxvlm eval {verb}", description=description)
+    parser.add_argument("--task", required=True, help="`jaxvlm eval tasks` lists them")
+    parser.add_argument("--protocol", required=True, help="llava15, prismatic, cambrian, official, jaxvlm")
+    parser.add_argument("--answers", required=True, metavar="FILE", help="the model's answers")
+    parser.add_argument("--references", required=True, metavar="PATH", help="the benchmark's official file or folder")
+    parser.add_argument(
+        "--questions", default="", metavar="FILE", help="LLaVA's question file (needed for its POPE answers)"
+    )
+    return parser
+
+
+def _read(options: argparse.Namespace) -> tuple[list[dict], list[dict]]:
+    references = tasks.read_references(options.task, options.references, options.split)
+    return references, answers.read_answers(options.answers, options.questions)
+
+
+def _judged(options: argparse.Namespace, references: list[dict], found: list[dict]) -> list[dict]:
+    """The answers with their judgements, from the file, or asked for and kept in it."""
+    if not options.judgements or bool(options.judge) != bool(options.judge_model and options.judge_prompt):
+        raise ConfigError(
+            f"{options.task} is rated by another model: give --judgements FILE, or with it --judge URL, --judge-model NAME "
+            "and --judge-prompt FILE."
+        )
+    matched = answers.match(found, references, options.subset)
+    if not options.judge:
+        return judges.judged_answers(matched, judges.read_judgements(options.judgements))
+    texts = {name: answer["text"] for name, answer in matched.items()}
+    judgements = judges.judge(
+        options.task,
+        texts,
+        [reference for reference in references if reference["id"] in texts],
+        judges.server(options.judge, options.judge_model),
+        Path(options.judge_prompt).read_text(encoding="utf-8"),
+        options.judgements,
+    )
+    return judges.judged_answers(matched, judgements)
+
+
+def _summary(result: dict[str, Any]) -> str:
+    """The result without its answers, as plain text."""
+    lines = [f"{result['task']}, {result['protocol']}: {result['headline']} {result['value']:.2f}", ""]
+    judge = result["judge"]
+    facts = {
+        "questions": f"{result['n']:,}, split: {result['split']}",
+        "not understood": f"{result['invalid']:,} answers",
+        "model": result["model"],
+        "judge": judge and f"{judge['model']}, prompt {judge['prompt']}",
+        "prompt": result["prompt"]
+        and f"{result['prompt']} (of answers to it: {result['prompts_as_asked'] or 'not said'})",
+    }
+    lines += [f"  {name:16}{value}" for name, value in facts.items() if value]
+    notes = [sample["note"] for sample in result["per_sample"] if "note" in sample]
+    lines += [f"  {'scored 0':16}{notes.count(note):,} answers: {note}" for note in dict.fromkeys(notes)]
+    return "\n".join(lines) + "\n\n" + _columns([(name, f"{value:.2f}") for name, value in result["aggregate"].items()])
+
+
+def _columns(rows: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+VERBS: dict[str, Callable[[Sequence[str]], int]] = {"tasks": show_tasks, "score": score, "export": export}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one of `jaxvlm eval`'s verbs; returns the exit code."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    if argv[0] not in VERBS:
+        near = difflib.get_close_matches(argv[0], VERBS, n=1)
+        raise ConfigError(f"There is no `jaxvlm eval {argv[0]}`: {f'did you mean {near[0]}?' if near else USAGE}")
+    return VERBS[argv[0]](argv[1:])
