@@ -52,9 +52,7 @@ def likelihood(prediction: Record, reference: Record) -> Scored:
 def exact_letter(prediction: Record, reference: Record) -> Scored:
     """LLaVA's for SEED-Bench: the text is the letter and nothing else."""
     text = prediction["text"]
-    return accuracy(
-        text, text == reference["answer"], valid=text in LETTERS[: len(reference["choices"])] and text != ""
-    )
+    return accuracy(text, text == reference["answer"], text in tuple(LETTERS[: len(reference["choices"])]))
 
 
 THE_ANSWER_IS = re.compile(r"The answer is ([A-Z]).")
