@@ -114,6 +114,7 @@ def _bench(i: int, rng: random.Random) -> dict:
 def _refcoco(i: int, rng: random.Random) -> dict:
     return {
         "id": f"{i}-{i}",
+        "group": str(i),
         "sentence": "man",
         "bbox": [64, 48, 320, 384],
         "width": 640,

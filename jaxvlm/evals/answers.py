@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from jaxvlm.evals.question_file import EvalError, plain_question
-from jaxvlm.evals.readers import ID_NAMES, read_json, read_lines, table
+from jaxvlm.evals.readers import ID_NAMES, cells, read_json, read_lines
 from jaxvlm.evals.scorers import Record
 from jaxvlm.evals.sheets import read_xlsx
 
@@ -18,18 +18,19 @@ def read_answers(path: str | Path, questions: str | Path = "") -> list[dict]:
     """The answers in a file: LLaVA's JSONL, ours, or a submission in an official form.
 
     Reads JSONL and JSON lists of records, JSON objects of words by id (MM-Vet) or with `outputs` (LLaVA's ScienceQA), tables
-    (.tsv, .csv, .xlsx) and MME's folder of {task}.txt. `questions` is LLaVA's question file, where the answers' ids mean
+    (.tsv, .csv, .xlsx), folders of JSONL (POPE) and MME's of {task}.txt. `questions` is LLaVA's question file, where the answers' ids mean
     nothing without it (POPE): its images, categories and words are added to the answers. Raises `EvalError` naming the file.
     """
     path = Path(path)
     if path.is_dir():
-        found = _mme_results(path)
+        parts = sorted(path.glob("*.jsonl"))
+        found = [record for part in parts for record in read_lines(part)] if parts else _mme_results(path)
     elif path.suffix == ".xlsx":
         found = read_xlsx(path)
     elif path.suffix == ".json" and isinstance(whole := read_json(path), dict):
         found = [{"id": name, "text": words} for name, words in whole.get("outputs", whole).items()]
     else:
-        found = table(path)
+        found = cells(path)
     if not found or not all(isinstance(record, dict) for record in found):
         raise EvalError(f"{path} holds no answers: records with an id and the words are needed.")
     if not questions:

@@ -85,15 +85,20 @@ def read_lines(path: Path) -> list[dict]:
 def _text(path: Path) -> str:
     if not path.is_file():
         raise EvalError(f"{path} is not a file; `jaxvlm eval tasks NAME` says which files a task reads.")
-    return path.read_text(encoding="utf-8")
+    return path.read_text(encoding="utf-8-sig")  # a mark of byte order may be there
+
+
+def cells(path: Path) -> list[dict]:
+    """Any table of records: .json (a list), .jsonl, .tsv, .csv."""
+    if path.suffix not in (".tsv", ".csv"):
+        return read_lines(path)
+    text = io.StringIO(_text(path), newline="")
+    return list(csv.DictReader(text, delimiter="\t" if path.suffix == ".tsv" else ","))
 
 
 def table(path: Path) -> list[dict]:
-    """Any table of records: .json (a list), .jsonl, .tsv, .csv; empty cells are absent."""
-    if path.suffix not in (".tsv", ".csv"):
-        return read_lines(path)
-    rows = csv.DictReader(io.StringIO(_text(path), newline=""), delimiter="\t" if path.suffix == ".tsv" else ",")
-    return [{key: value for key, value in row.items() if value not in ("", None)} for row in rows]
+    """As `cells`, without the empty ones."""
+    return [{key: value for key, value in row.items() if value not in ("", None)} for row in cells(path)]
 
 
 def one(folder: Path, pattern: str) -> Path:
@@ -129,9 +134,9 @@ gqa_fields = named(id="{questionId}", group="{imageId}", image="{imageId}.jpg")
 
 
 def textvqa(path: Path) -> list[dict]:
-    """TextVQA_0.5.1_val.json; `ocr_tokens` come with the Hub's copy, or from a Rosetta file beside it (*ocr*.json)."""
+    """TextVQA_0.5.1_val.json; `ocr_tokens` come with the Hub's copy, or from a Rosetta file beside it (*OCR*.json)."""
     tokens = {}
-    for extra in sorted(path.parent.glob("*ocr*.json")):
+    for extra in sorted(path.parent.glob("*[oO][cC][rR]*.json")):
         tokens |= {item["image_id"]: item.get("ocr_tokens", []) for item in read_json(extra)["data"]}
     questions = read_json(path)["data"]
     return [{"ocr_tokens": tokens[q["image_id"]], **q} if q["image_id"] in tokens else q for q in questions]
@@ -362,7 +367,7 @@ def chair(path: Path) -> list[dict]:
 
 def mmvet(path: Path) -> list[dict]:
     """mm-vet.json."""
-    return [{"id": name, "image": q["imagename"], **q} for name, q in read_json(path).items()]
+    return [{"id": name, **q} for name, q in read_json(path).items()]
 
 
 def llava_bench(path: Path) -> list[dict]:

@@ -61,7 +61,7 @@ def _letters(index: int) -> str:
 
 
 def read_xlsx(path: Path) -> list[dict]:
-    """The first sheet's rows by the names in its first row; cells as text, empty ones absent.
+    """The first sheet's rows by the names in its first row; cells as text.
 
     Raises `EvalError` for a file that is no such workbook.
     """
@@ -83,4 +83,4 @@ def read_xlsx(path: Path) -> list[dict]:
                 line[cell.get("r", "").rstrip("0123456789")] = texts[int(value)] if cell.get("t") == "s" else value
         lines.append(line)
     head = lines[0] if lines else {}
-    return [{head[column]: value for column, value in line.items() if column in head} for line in lines[1:]]
+    return [{name: line.get(column, "") for column, name in head.items()} for line in lines[1:]]

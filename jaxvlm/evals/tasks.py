@@ -122,7 +122,7 @@ def _llava_bench(title: str, files: str, count: int) -> Task:
 
 
 def _textvqa(title: str, protocols: dict[str, Protocol]) -> Task:
-    files = "TextVQA_0.5.1_val.json (and *ocr*.json beside it)"
+    files = "TextVQA_0.5.1_val.json (and *OCR*.json beside it)"
     return Task(
         title, files, readers.textvqa, protocols, complete=readers.textvqa_fields, splits={"val": 5_000, "test": 5_734}
     )
@@ -256,7 +256,8 @@ TASKS: dict[str, Task] = {
             "cambrian": Protocol(short, judged.mmvet, "total", takes="judgement"),
         },
         aggregates.mmvet,
-        splits={"all": 218},
+        named(image="{imagename}"),
+        {"all": 218},
     ),
     "llava-bench-wild": _llava_bench(
         "LLaVA-Bench (In-the-Wild)", "a folder with questions.jsonl, context.jsonl and answers_gpt4.jsonl", 60
@@ -440,7 +441,7 @@ def read_references(task: str, path: str | Path, split: str = "") -> list[dict]:
     path = Path(path)
     try:
         records = found.read(path, split) if found.split_in_files and split else found.read(path)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise EvalError(f"{path} is not what {task} reads, {found.files}: {error!r}.") from None
     if not records:
         raise EvalError(f"{path} holds no questions{f' of the split {split!r}' if split else ''}.")
