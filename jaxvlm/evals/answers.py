@@ -17,9 +17,10 @@ PICTURES = (".jpg", ".jpeg", ".png")
 def read_answers(path: str | Path, questions: str | Path = "") -> list[dict]:
     """The answers in a file: LLaVA's JSONL, ours, or a submission in an official form.
 
-    Reads JSONL and JSON lists of records, JSON objects of words by id (MM-Vet) or with `outputs` (LLaVA's ScienceQA), tables
-    (.tsv, .csv, .xlsx), folders of JSONL (POPE) and MME's of {task}.txt. `questions` is LLaVA's question file, where the answers' ids mean
-    nothing without it (POPE): its images, categories and words are added to the answers. Raises `EvalError` naming the file.
+    Reads JSONL and JSON lists of records, JSON objects of words by id (MM-Vet) or with `outputs` (LLaVA's ScienceQA),
+    tables (.tsv, .csv, .xlsx), folders of JSONL (POPE) and MME's of {task}.txt. `questions` is LLaVA's question file, where
+    the answers' ids mean nothing without it (POPE): its images, categories and words are added to the answers. Raises
+    `EvalError` naming the file.
     """
     path = Path(path)
     if path.is_dir():
