@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from jaxvlm.evals.question_file import EvalError, plain_question
-from jaxvlm.evals.readers import ID_NAMES, cells, read_json, read_lines
+from jaxvlm.evals.readers import ID_NAMES, cells, collector_paused, read_json, read_lines
 from jaxvlm.evals.scorers import Record
 from jaxvlm.evals.sheets import read_xlsx
 
@@ -14,6 +14,7 @@ WORDS = ("text", "prediction", "answer")  # what the field of the model's words 
 PICTURES = (".jpg", ".jpeg", ".png")
 
 
+@collector_paused()
 def read_answers(path: str | Path, questions: str | Path = "") -> list[dict]:
     """The answers in a file: LLaVA's JSONL, ours, or a submission in an official form.
 

@@ -10,10 +10,11 @@ from jaxvlm.evals import tasks
 from jaxvlm.evals.aggregates import Row
 from jaxvlm.evals.answers import match
 from jaxvlm.evals.question_file import IMAGE_MARK, EvalError
-from jaxvlm.evals.readers import completed
+from jaxvlm.evals.readers import collector_paused, completed
 from jaxvlm.evals.scorers import Record
 
 
+@collector_paused()
 def score(
     task: str,
     protocol: str,

@@ -17,7 +17,7 @@ from jaxvlm.evals import aggregates, prompts, readers
 from jaxvlm.evals.aggregates import Aggregate, overall
 from jaxvlm.evals.prompts import Prompt
 from jaxvlm.evals.question_file import EvalError
-from jaxvlm.evals.readers import Complete, named
+from jaxvlm.evals.readers import Complete, collector_paused, named
 from jaxvlm.evals.scorers import Record, Scored, boxes, captions, choice, judged, text, vqa, yesno
 from jaxvlm.evals.scorers.normalise import evalai
 
@@ -432,6 +432,7 @@ def _named(what: str, name: str, known: Mapping, of: str = "") -> Any:
     raise EvalError(f"There is no {what} '{name}'{of}.{hint} Valid: {', '.join(known)}.")
 
 
+@collector_paused()
 def read_references(task: str, path: str | Path, split: str = "") -> list[dict]:
     """The reference records of a task from its official files; `split` where the files hold several.
 

@@ -49,6 +49,7 @@ VIZWIZ_CONTRACTIONS = {
 }
 
 
+@functools.lru_cache(CACHE)
 def flat(text: str) -> str:
     """Line breaks and tabs as blanks, and none at the ends."""
     return text.replace("\n", " ").replace("\t", " ").strip()

@@ -18,7 +18,7 @@ def soft_accuracy(answer: str, people: Sequence[str]) -> float:
     The others are told apart by position: equal answers of two people count as two. (The official code compares records
     and relies on their `answer_id` for that.) With ten people 1, 2, 3 matches give 0.3, 0.6, 0.9.
     """
-    matches = sum(answer == other for other in people)
+    matches = people.count(answer)
     without, with_one = min(1.0, matches / 3), min(1.0, (matches - 1) / 3)
     return (matches * with_one + (len(people) - matches) * without) / len(people) if matches else 0.0
 
