@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,12 @@ def show_tasks(argv: Sequence[str]) -> int:
     """The benchmarks and their protocols; with the name of one, what it reads and how each protocol scores it."""
     parser = argparse.ArgumentParser(prog="jaxvlm eval tasks", description=show_tasks.__doc__)
     parser.add_argument("task", nargs="?")
-    name = parser.parse_args(argv).task
+    parser.add_argument("--markdown", action="store_true", help="the table of docs/evaluation.md")
+    options = parser.parse_args(argv)
+    name = options.task
+    if options.markdown:
+        print("\n".join(_markdown()))
+        return 0
     if not name:
         rows = [("task", "benchmark", "protocols")]
         rows += [(name, task.title, ", ".join(task.protocols)) for name, task in tasks.TASKS.items()]
@@ -43,6 +48,19 @@ def show_tasks(argv: Sequence[str]) -> int:
     rows += [(key, how.takes, how.headline, how.note) for key, how in task.protocols.items()]
     print(_columns(rows))
     return 0
+
+
+def _markdown() -> Iterator[str]:
+    yield "| task | benchmark, its splits | reads | protocols: what papers print | submission |"
+    yield "|---|---|---|---|---|"
+    for name, task in tasks.TASKS.items():
+        splits = "".join(f"; {split}: {count:,}" for split, count in task.splits.items())
+        protocols = "<br>".join(
+            f"`{key}`: {how.headline}" + f", by {how.takes}" * (how.takes != "text") + f" ({how.note})" * bool(how.note)
+            for key, how in task.protocols.items()
+        )
+        files = task.files.replace("*", r"\*")
+        yield f"| `{name}` | {task.title}{splits} | {files} | {protocols} | {'yes' if name in submissions.WRITERS else ''} |"
 
 
 def score(argv: Sequence[str]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from pathlib import Path
 
 import eval_helpers
 import pytest
@@ -433,3 +434,8 @@ def test_the_verbs_explain_themselves(tmp_path, capsys):
     for argv, message in cases:
         code, _, error = run(capsys, *argv)
         assert code == 1 and message in error
+
+
+def test_the_documentation_lists_what_there_is(capsys):
+    page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    assert run(capsys, "tasks", "--markdown")[1] in page  # anew: jaxvlm eval tasks --markdown
