@@ -11,12 +11,15 @@ from typing import Any
 
 from jaxvlm.config import ConfigError
 from jaxvlm.evals import answers, judges, submissions, tasks
+from jaxvlm.evals.asking import write_questions
+from jaxvlm.evals.blind import BLIND_MODES
 from jaxvlm.evals.scoring import score as score_answers
 
 USAGE = """jaxvlm eval: evaluate a run, and score answers that any program wrote.
 
   jaxvlm eval --run WORKDIR                                          evaluate a run (`jaxvlm eval --run --help`)
   jaxvlm eval tasks  [TASK]                                          the benchmarks and their protocols
+  jaxvlm eval questions --task T --protocol P --references R --images DIR --out Q   what a model is asked, sighted or blind
   jaxvlm eval score  --task T --protocol P --answers A --references R   score answers; no model is run
   jaxvlm eval export --task T --protocol P --answers A --references R --out F   write the benchmark's submission file
 
@@ -61,6 +64,28 @@ def _markdown() -> Iterator[str]:
         )
         files = task.files.replace("*", r"\*")
         yield f"| `{name}` | {task.title}{splits} | {files} | {protocols} | {'yes' if name in submissions.WRITERS else ''} |"
+
+
+def questions(argv: Sequence[str]) -> int:
+    """Write what a model is asked, sighted or blind, as a question file for `jaxvlm generate --input` and LLaVA's scripts."""
+    parser = argparse.ArgumentParser(prog="jaxvlm eval questions", description=questions.__doc__)
+    _asked(parser)
+    parser.add_argument("--split", default="", help="the questions' split, where the files hold several")
+    parser.add_argument("--images", default="", metavar="FOLDER", help="the benchmark's pictures")
+    blind = [mode or "none" for mode in BLIND_MODES]
+    parser.add_argument(
+        "--blind", default="none", choices=blind, help="what is shown in place of a picture (default: itself)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of --blind shuffle")
+    parser.add_argument("--out", required=True, metavar="FILE", help="JSONL; grey pictures are written beside it")
+    options = parser.parse_args(argv)
+    tasks.find(options.task, options.protocol)
+    references = tasks.read_references(options.task, options.references, options.split)
+    more = {"images": options.images, "blind": options.blind.replace("none", ""), "seed": options.seed}
+    count = write_questions(options.task, options.protocol, references, options.out, **more)
+    print(f"{options.out}: {count:,} questions. To answer them:")
+    print(f"  jaxvlm generate --run RUN --input {options.out} --images {options.images or '.'} --output answers.jsonl")
+    return 0
 
 
 def score(argv: Sequence[str]) -> int:
@@ -115,14 +140,18 @@ def export(argv: Sequence[str]) -> int:
 
 def _parser(verb: str, description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"jaxvlm eval {verb}", description=description)
-    parser.add_argument("--task", required=True, help="`jaxvlm eval tasks` lists them")
-    parser.add_argument("--protocol", required=True, help="llava15, prismatic, cambrian, official, jaxvlm")
+    _asked(parser)
     parser.add_argument("--answers", required=True, metavar="FILE", help="the model's answers")
-    parser.add_argument("--references", required=True, metavar="PATH", help="the benchmark's official file or folder")
     parser.add_argument(
         "--questions", default="", metavar="FILE", help="LLaVA's question file (needed for its POPE answers)"
     )
     return parser
+
+
+def _asked(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--task", required=True, help="`jaxvlm eval tasks` lists them")
+    parser.add_argument("--protocol", required=True, help="llava15, prismatic, cambrian, official, jaxvlm")
+    parser.add_argument("--references", required=True, metavar="PATH", help="the benchmark's official file or folder")
 
 
 def _read(options: argparse.Namespace) -> tuple[list[dict], list[dict]]:
@@ -175,7 +204,12 @@ def _columns(rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join("  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-VERBS: dict[str, Callable[[Sequence[str]], int]] = {"tasks": show_tasks, "score": score, "export": export}
+VERBS: dict[str, Callable[[Sequence[str]], int]] = {
+    "tasks": show_tasks,
+    "questions": questions,
+    "score": score,
+    "export": export,
+}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import eval_helpers
 import pytest
+from PIL import Image
 
 from jaxvlm.evals import score, submissions, tasks
 from jaxvlm.evals.answers import match, read_answers
+from jaxvlm.evals.asking import write_questions
 from jaxvlm.evals.question_file import EvalError
 from jaxvlm.evals.readers import completed
 from jaxvlm.evals.sheets import read_xlsx, write_xlsx
@@ -439,3 +441,64 @@ def test_the_verbs_explain_themselves(tmp_path, capsys):
 def test_the_documentation_lists_what_there_is(capsys):
     page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
     assert run(capsys, "tasks", "--markdown")[1] in page  # anew: jaxvlm eval tasks --markdown
+
+
+# ------------------------------------------------------------------------------------------------------ what is asked
+
+
+def pictures(folder, names, size=(8, 6)):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", size, (200, 0, 0)).save(folder / name)
+    return folder
+
+
+def asked(task, protocol, found, out, **options):
+    assert write_questions(task, protocol, found, out, **options) == len(found)
+    return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+
+
+def test_questions_as_the_protocol_asks_them(tmp_path):
+    found = questions("vqav2", 7)  # of three images
+    images = pictures(tmp_path / "images", [f"COCO_val2014_{i:012}.jpg" for i in range(3)])
+    made = asked("vqav2", "llava15", found, tmp_path / "q.jsonl", images=images)
+    suffix = "\nAnswer the question using a single word or phrase."
+    assert made[3] == {"question_id": "3", "text": "what?" + suffix, "image": "COCO_val2014_000000000001.jpg"}
+    blind = asked("vqav2", "llava15", found, tmp_path / "q.jsonl", blind="noimage")
+    assert all("image" not in q for q in blind) and [q["text"] for q in blind] == [q["text"] for q in made]
+    other = asked("vqav2", "llava15", found, tmp_path / "q.jsonl", images=images, blind="shuffle", seed=3)
+    assert all(a["image"] != b["image"] for a, b in zip(made, other, strict=True))
+    (gray,) = {q["image"] for q in asked("vqav2", "llava15", found, tmp_path / "q.jsonl", images=images, blind="gray")}
+    assert Image.open(gray).size == (8, 6) and Image.open(gray).getpixel((3, 3)) == (127, 127, 127)
+    answers = [{"question_id": q["question_id"], "prompt": q["text"], "text": "x"} for q in made]
+    assert score("vqav2", "llava15", answers, found)["prompts_as_asked"] == "7 of 7"
+    with pytest.raises(EvalError, match="holds no picture of question 0: none of 0, 0.jpg"):
+        asked("vqav2", "llava15", found, tmp_path / "q.jsonl", images=tmp_path)
+    with pytest.raises(EvalError, match="Question 0 of mmmu names no picture"):
+        asked("mmmu", "cambrian", [{"id": "0", "question": "?", "question_type": "open"}], tmp_path / "q.jsonl")
+    with pytest.raises(EvalError, match="takes the loss of every option"):
+        asked("seed-bench", "official", questions("seed-bench", 1), tmp_path / "q.jsonl")
+
+
+def test_questions_without_a_picture_of_scienceqa(tmp_path):
+    found = questions("scienceqa", 2)
+    made = asked("scienceqa", "llava15", found, tmp_path / "q.jsonl", images=pictures(tmp_path, ["1/image.png"]))
+    assert [q.get("image") for q in made] == [None, "1/image.png"]
+    assert made[1]["text"].startswith("Context: N/A\nQuestion: what?\nOptions: (A) red (B) blue (C) green\nAnswer with")
+
+
+def test_questions_answers_and_score_by_verbs(tmp_path, capsys):
+    """Prismatic's way round: candidates are asked for, their probabilities scored."""
+    references = official_files("vsr", tmp_path / "vsr", 6)
+    images = pictures(tmp_path / "images", [f"{i}.jpg" for i in range(6)])
+    out = tmp_path / "q.jsonl"
+    options = ("--task", "vsr", "--protocol", "prismatic", "--references", references)
+    code, shown, _ = run(capsys, "questions", *options, "--images", images, "--blind", "gray", "--out", out)
+    assert code == 0 and "6 questions. To answer them:\n  jaxvlm generate --run RUN --input" in shown
+    made = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {tuple(q["candidates"]) for q in made} == {("True", "False")}
+    answers = [{"question_id": q["question_id"], "text": "True", "probabilities": [0.7, 0.3]} for q in made]
+    answers = lines(tmp_path / "a.jsonl", answers)
+    code, shown, _ = run(capsys, "score", *options, "--answers", answers)
+    true = 100 * sum(q["label"] for q in questions("vsr", 6)) / 6
+    assert code == 0 and f"vsr, prismatic: accuracy {true:.2f}" in shown

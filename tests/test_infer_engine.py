@@ -18,7 +18,8 @@ from jaxvlm.data.assets import toy
 from jaxvlm.data.tokenizer import Tokenizer
 from jaxvlm.evals import runner
 from jaxvlm.infer import decoding
-from jaxvlm.infer.answers import RequestError
+from jaxvlm.infer.answers import RequestError, generate_file
+from jaxvlm.infer.choices import choose_batches, first_tokens
 from jaxvlm.infer.engine import Engine, bucket, load
 from jaxvlm.models.vlm import logical_axes
 from jaxvlm.parallel.mesh import make_mesh
@@ -270,3 +271,26 @@ def test_a_sharded_engine_gives_the_same_answers(engine, requests, answers):
     sharded = Engine(engine.config, engine.prompt, jax.device_put(engine.params, shardings), mesh=mesh)
     assert sharded.generate(requests, max_new_tokens=NEW, batch_size=3) == answers
     assert sharded.fingerprint == engine.fingerprint
+
+
+def test_choosing_by_the_first_token(engine, requests, tmp_path):
+    """The shares are those of the whole prompt's last logits; batches and files give the same."""
+    candidates = ("red", "blue", "green")
+    tokens = [engine.tokenizer.encode(f" {word}")[0] for word in candidates]  # as the template writes answers
+    assert first_tokens(engine, candidates) == tokens
+    found = dict(pair for batch in choose_batches(engine, requests, candidates, batch_size=3) for pair in batch)
+    for index, request in enumerate(requests):
+        logits = engine.logits([request]).values[0, -1][tokens].astype(np.float64)
+        expected = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+        assert np.allclose(found[index], expected, atol=1e-5) and sum(found[index]) == pytest.approx(1)
+    with pytest.raises(RequestError, match="red, red two begin with the same token"):
+        first_tokens(engine, ["red", "red"])
+    asked = [{"question_id": i, "text": "Say a colour.", "candidates": candidates} for i in range(2)]
+    asked.append({"question_id": 2, "text": "Say a colour."})
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(q) + "\n" for q in asked))
+    options = dict(max_new_tokens=NEW, log=lambda text: None)
+    assert generate_file(engine, tmp_path / "q.jsonl", tmp_path / "a.jsonl", **options) == 3
+    made = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert made[0]["probabilities"] == pytest.approx(found[1], abs=1e-5) and "probabilities" not in made[2]
+    assert made[0]["text"] == candidates[int(np.argmax(found[1]))]
+    assert generate_file(engine, tmp_path / "q.jsonl", tmp_path / "a.jsonl", **options) == 0

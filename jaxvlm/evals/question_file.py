@@ -111,15 +111,6 @@ def subset(questions: Sequence[Question], limits: Iterable[tuple[str, int]], see
     return [questions[i] for i in sorted(kept)]
 
 
-def shuffled_images(questions: Sequence[Question], seed: int) -> dict[str, str]:
-    """Maps each image of the test set to another one: a single cycle through all of them, fixed by the seed."""
-    images = sorted({question.image for question in questions if question.image})
-    if len(images) < 2:
-        raise EvalError("eval.blind = 'shuffle' needs at least two different images; use 'noimage'.")
-    order = np.random.default_rng(seed).permutation(len(images))
-    return {images[a]: images[b] for a, b in zip(order, np.roll(order, -1), strict=True)}
-
-
 def request(question: Question, suffix: str, image: str | None) -> dict:
     """The engine's request for a question; with `image` None the picture and its marker are both withheld."""
     text = question.text if question.text.endswith(suffix.strip()) else question.text + suffix

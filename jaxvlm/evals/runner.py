@@ -10,12 +10,11 @@ import numpy as np
 
 from jaxvlm.config import EvalConfig
 from jaxvlm.evals import baselines, question_file, statistics
+from jaxvlm.evals.blind import picture_of
 from jaxvlm.evals.question_file import EvalError, Question
 from jaxvlm.evals.scorers.text import exact_match
 from jaxvlm.infer.answers import Progress, append_records, read_records
 from jaxvlm.infer.engine import Engine
-
-BLIND_MODES = ("", "noimage", "shuffle")
 
 
 def run(
@@ -36,23 +35,18 @@ def run(
     Answers go to `workdir/answers-{mode}.jsonl` as they come; a second call answers only what is missing. Raises
     `EvalError` if such a file was written by another model or prompt, unless `overwrite`.
     """
-    if config.blind not in BLIND_MODES:
-        raise EvalError(f"eval.blind '{config.blind}' is not one of '', 'noimage', 'shuffle'.")
     everything = question_file.read_questions(config.path, config.images)
     if any(question.category == "all" for question in everything):
         raise EvalError(f"{config.path}: 'all' cannot be a category, it is the name of the total.")
     questions = question_file.subset(everything, config.limits, seed)
     log(f"Evaluating {len(questions)} of {len(everything)} questions of {config.path}.")
     common = (engine, config, questions, Path(workdir), seed, overwrite, log)
+    # Images are exchanged within the whole file, so that a question's wrong image is the same in every subset and a larger
+    # subset can go on with a smaller one's answers.
+    pictures = [question.image for question in everything if question.image]
+    shown = picture_of(config.blind, pictures, seed, Path(), Path(workdir))
     sighted = _answers("sighted", lambda question: question.image, *common)
-    blind = None
-    if config.blind == "noimage":
-        blind = _answers("noimage", lambda question: None, *common)
-    elif config.blind == "shuffle":
-        # The cycle runs through the images of the whole file, so that a question's wrong image is the same in
-        # every subset and a larger subset can go on with a smaller one's answers.
-        other = question_file.shuffled_images(everything, seed)
-        blind = _answers("shuffle", lambda question: other.get(question.image), *common)
+    blind = _answers(config.blind, lambda question: shown(question.image), *common) if config.blind else None
     majority = baselines.fit_majority(questions, training)
     return {
         "scores": score(questions, sighted["texts"], blind and blind["texts"], majority, seed=seed),

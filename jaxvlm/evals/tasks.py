@@ -36,6 +36,7 @@ class Protocol:
     aggregate: Aggregate | None = None  # None: the task's own
     rewrite: Callable[[str], str] | None = None  # of the model's text, before it is scored or submitted
     takes: str = "text"
+    candidates: tuple[str, ...] = ()  # whose probabilities as the first token are taken
     note: str = ""
 
 
@@ -198,7 +199,12 @@ TASKS: dict[str, Task] = {
                 short, yesno.pope, "f1", note="mean of the three F1s; the paper's random split has 2,910"
             ),
             "prismatic": Protocol(
-                short, yesno.pope_prismatic, "accuracy", aggregates.pope_prismatic, takes="probabilities"
+                short,
+                yesno.pope_prismatic,
+                "accuracy",
+                aggregates.pope_prismatic,
+                takes="probabilities",
+                candidates=("Yes", "No"),
             ),
             "cambrian": Protocol(short, yesno.pope_cambrian, "accuracy", overall("category")),
         },
@@ -282,7 +288,9 @@ TASKS: dict[str, Task] = {
         "test.jsonl",
         readers.read_lines,
         {
-            "prismatic": Protocol(prompts.true_false, yesno.vsr_prismatic, takes="probabilities"),
+            "prismatic": Protocol(
+                prompts.true_false, yesno.vsr_prismatic, takes="probabilities", candidates=("True", "False")
+            ),
             "jaxvlm": Protocol(prompts.true_false, yesno.vsr_text),
         },
         aggregates.vsr,
@@ -293,7 +301,9 @@ TASKS: dict[str, Task] = {
         "test.json",
         readers.read_lines,
         {
-            "prismatic": Protocol(letter, choice.counting_prismatic, takes="probabilities"),
+            "prismatic": Protocol(
+                letter, choice.counting_prismatic, takes="probabilities", candidates=tuple(choice.LETTERS[:16])
+            ),
             "jaxvlm": Protocol(short, text.tallyqa_text),
         },
         overall("issimple"),
@@ -305,7 +315,9 @@ TASKS: dict[str, Task] = {
         f"the folder questions/, or {TABLE}",
         readers.ai2d,
         {
-            "prismatic": Protocol(letter, choice.diagrams_prismatic, takes="probabilities"),
+            "prismatic": Protocol(
+                letter, choice.diagrams_prismatic, takes="probabilities", candidates=tuple(choice.LETTERS[:4])
+            ),
             "cambrian": Protocol(letter, choice.diagrams_cambrian),
         },
         complete=readers.ai2d_fields,

@@ -98,8 +98,10 @@ def generate_file(
     """Answers every record of the JSONL file `source` into `out` and returns how many were new.
 
     A record is `{"question_id" | "id", "text", "image"?: path or list of paths}`, paths relative to `images`. An answer
-    is LLaVA's `{"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}`. Records whose id `out` already
-    holds are skipped. Raises `RequestError` for a bad record, or if `out` was written by another model or sampling.
+    is LLaVA's `{"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}`. Where a record has `candidates`, a
+    list of short answers, the likeliest by its first token is the text, and `probabilities` holds all their shares; sampling
+    does not touch these. Records whose id `out` already holds are skipped. Raises `RequestError` for a bad record, or if
+    `out` was written by another model or sampling.
     """
     source, out = Path(source), Path(out)
     requests = read_requests(source, Path(images))
@@ -117,8 +119,17 @@ def generate_file(
     todo = [request for request in requests if str(request["id"]) not in done]
     log(f"{source}: {len(requests)} records, {len(requests) - len(todo)} already answered in {out}.")
     progress = Progress("generate", len(todo), log)
+    for candidates in dict.fromkeys(request["candidates"] for request in todo if "candidates" in request):
+        from jaxvlm.infer.choices import choose_batches
+
+        asked = [request for request in todo if request.get("candidates") == candidates]
+        for batch in choose_batches(engine, asked, candidates, batch_size):
+            answers = [(asked[index], candidates[shares.index(max(shares))], shares) for index, shares in batch]
+            append_records(out, [_answer(r, t, model_id, metadata) | {"probabilities": s} for r, t, s in answers])
+            progress.add(len(batch))
+    written = [request for request in todo if "candidates" not in request]
     batches = engine.generate_batches(
-        todo,
+        written,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
@@ -126,7 +137,7 @@ def generate_file(
         batch_size=batch_size,
     )
     for batch in batches:
-        append_records(out, [_answer(todo[index], text, model_id, metadata) for index, text in batch])
+        append_records(out, [_answer(written[index], text, model_id, metadata) for index, text in batch])
         progress.add(len(batch))
     return len(todo)
 
@@ -144,7 +155,7 @@ def _answer(request: dict, text: str, model_id: str, metadata: dict) -> dict:
 
 
 def read_requests(path: Path, images: Path) -> list[dict]:
-    """Reads `{"question_id" | "id", "text", "image"?}` lines into engine requests.
+    """Reads `{"question_id" | "id", "text", "image"?, "candidates"?}` lines into engine requests.
 
     Images go in front of a text that has no `<image>` of its own. Raises `RequestError` naming file and line.
     """
@@ -172,5 +183,6 @@ def read_requests(path: Path, images: Path) -> list[dict]:
                 raise RequestError(f"{where}: the image {item} does not exist.")
         text = str(record["text"])
         marks = "" if IMAGE_MARK in text else f"{IMAGE_MARK}\n" * len(paths)
-        requests.append({"id": name, "messages": [{"role": "user", "content": marks + text}], "images": paths})
+        more = {"candidates": tuple(record["candidates"])} if "candidates" in record else {}
+        requests.append({"id": name, "messages": [{"role": "user", "content": marks + text}], "images": paths} | more)
     return requests

@@ -143,14 +143,27 @@ class Engine:
     ) -> Iterator[list[tuple[int, str]]]:
         """As `generate`, batch by batch as they finish, longest prompts first: lists of (request index, answer)."""
         stops = _stops(stop)
-        prompts = [self._prompt(request, index) for index, request in enumerate(requests)]
-        order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index].tokens))
-        rows = self._rows(len(prompts), batch_size or BATCH_SIZE)
-        for start in range(0, len(order), rows):
-            indices = order[start : start + rows]
-            tokens = self._answer([prompts[i] for i in indices], rows, max_new_tokens, temperature, top_p, seed)
+        for indices, prompts, rows in self._batches(requests, batch_size):
+            tokens = self._answer(prompts, rows, max_new_tokens, temperature, top_p, seed)
             texts = (cut_at(self._decode(row), stops).strip() for row in tokens)
             yield list(zip(indices, texts, strict=True))
+
+    def first_logits(self, requests: Sequence[dict], batch_size: int | None = None) -> Iterator[list]:
+        """As `generate_batches`, with float32 logits [V] of the answer's first token in place of the answer."""
+        for indices, prompts, rows in self._batches(requests, batch_size):
+            with self._on_mesh():
+                inputs, lengths, _ = self._inputs(prompts, rows, 1, 0.0, 1.0, 0)
+                logits, _ = decoding.prefill(self.config, _slots(inputs[0].shape[1]), self.params, *inputs, lengths)
+            yield list(zip(indices, np.asarray(logits), strict=False))
+
+    def _batches(self, requests: Sequence[dict], size: int | None) -> Iterator[tuple[list[int], list[Prompt], int]]:
+        """(indices, prompts, rows computed at once), longest prompts first."""
+        prompts = [self._prompt(request, index) for index, request in enumerate(requests)]
+        order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index].tokens))
+        rows = self._rows(len(prompts), size or BATCH_SIZE)
+        for start in range(0, len(order), rows):
+            indices = order[start : start + rows]
+            yield indices, [prompts[i] for i in indices], rows
 
     def stream(
         self,

@@ -1,0 +1,75 @@
+"""What a model is asked: a benchmark's questions under a protocol as a question file, sighted or blind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from jaxvlm.evals import tasks
+from jaxvlm.evals.blind import picture_of
+from jaxvlm.evals.question_file import EvalError
+from jaxvlm.evals.readers import completed
+from jaxvlm.evals.scorers import Record
+
+# What a picture may be called: as it is, with an ending, by COCO's number.
+NAMES = (
+    "{}",
+    "{}.jpg",
+    "{}.png",
+    "COCO_val2014_{:0>12}.jpg",
+    "COCO_test2015_{:0>12}.jpg",
+    "COCO_train2014_{:0>12}.jpg",
+)
+
+
+def write_questions(
+    task: str,
+    protocol: str,
+    references: Iterable[Record],
+    out: str | Path,
+    *,
+    images: str | Path = "",
+    blind: str = "",
+    seed: int = 0,
+) -> int:
+    """Writes LLaVA's question JSONL, which `jaxvlm generate --input` and LLaVA's scripts answer; returns how many.
+
+    `images` is the folder of the pictures, which the paths written are relative to. Where the protocol takes the first
+    token's probabilities, a record has the `candidates`. Raises `EvalError` for a picture that is not there, and for a
+    question of a benchmark of pictures that names none.
+    """
+    about, how = tasks.find(task, protocol)
+    if how.takes == "losses":
+        raise EvalError(
+            f"{task} under {protocol} takes the loss of every option, which `jaxvlm generate` does not give."
+        )
+    references = completed(references, about.complete)
+    shown = [None if blind == "noimage" else _picture(task, reference, Path(images)) for reference in references]
+    seen = picture_of(blind, [name for name in shown if name], seed, Path(images), Path(out).parent)
+    records = []
+    for reference, name in zip(references, shown, strict=True):
+        record = {"question_id": reference["id"], "text": how.prompt(reference)}
+        if name and (picture := seen(name)):
+            record["image"] = picture
+        records.append(record | ({"candidates": list(how.candidates)} if how.candidates else {}))
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    Path(out).write_text("".join(lines), encoding="utf-8")
+    return len(records)
+
+
+def _picture(task: str, reference: Record, images: Path) -> str | None:
+    name = reference.get("image")
+    if not name:
+        if task == "scienceqa":  # half of its questions have none
+            return None
+        raise EvalError(
+            f"Question {reference['id']} of {task} names no picture: give its record an `image`, a file's name."
+        )
+    folder = f"{reference['id']}/" if task == "scienceqa" else ""  # each of its pictures is called image.png
+    tried = [folder + form.format(name) for form in NAMES]
+    found = next((path for path in tried if (images / path).is_file()), None)
+    if found is None:
+        raise EvalError(f"{images} holds no picture of question {reference['id']}: none of {', '.join(tried)}.")
+    return found
