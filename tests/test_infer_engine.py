@@ -21,6 +21,7 @@ from jaxvlm.infer import decoding
 from jaxvlm.infer.answers import RequestError, generate_file
 from jaxvlm.infer.choices import choose_batches, first_tokens
 from jaxvlm.infer.engine import Engine, bucket, load
+from jaxvlm.main import main
 from jaxvlm.models.vlm import logical_axes
 from jaxvlm.parallel.mesh import make_mesh
 from jaxvlm.parallel.rules import param_shardings
@@ -294,3 +295,30 @@ def test_choosing_by_the_first_token(engine, requests, tmp_path):
     assert made[0]["probabilities"] == pytest.approx(found[1], abs=1e-5) and "probabilities" not in made[2]
     assert made[0]["text"] == candidates[int(np.argmax(found[1]))]
     assert generate_file(engine, tmp_path / "q.jsonl", tmp_path / "a.jsonl", **options) == 0
+
+
+def test_a_benchmark_from_questions_to_score(engine, world, tmp_path, capsys):
+    """The three verbs over a saved model."""
+    save_model(tmp_path / "model", engine.params, engine.config, engine.prompt, {})
+    pictures = sorted((world[1] / "images").iterdir())
+    labels = [{"question_id": i, "image": p.name, "text": "Is it?", "label": "no"} for i, p in enumerate(pictures[:3])]
+    (tmp_path / "pope").mkdir()
+    (tmp_path / "pope" / "coco_pope_random.json").write_text("".join(json.dumps(one) + "\n" for one in labels))
+    images, asked, made = ["--images", str(world[1] / "images")], str(tmp_path / "q.jsonl"), str(tmp_path / "a.jsonl")
+    generate = ["generate", "--run", str(tmp_path / "model"), "--input", asked, *images, "--output", made]
+
+    def verb(name, protocol, *more):
+        with pytest.raises(SystemExit) as stop:
+            main(
+                ["eval", name, "--task", "pope", "--protocol", protocol, "--references", str(tmp_path / "pope"), *more]
+            )
+        return stop.value.code
+
+    assert verb("questions", "llava15", *images, "--out", asked) == 0 and main(generate) == 0
+    assert verb("score", "llava15", "--answers", made, "--out", str(tmp_path / "score.json")) == 0
+    result = json.loads((tmp_path / "score.json").read_text())
+    assert (result["headline"], result["n"], result["model"]) == ("f1", 3, engine.fingerprint)
+    assert result["prompts_as_asked"] == "3 of 3" and len(result["prompt"]) == 16
+    # Prismatic's candidates: this small tokenizer spells both, so that it is refused.
+    assert verb("questions", "prismatic", *images, "--out", asked) == 0 and main([*generate[:-1], made + "2"]) == 1
+    assert "Yes, No two begin with the same token" in capsys.readouterr().err

@@ -39,5 +39,8 @@ def first_tokens(engine: Engine, candidates: Sequence[str]) -> list[int]:
         record = {"id": words, "conversations": [asked, {"role": "assistant", "content": words}]}
         tokens.append(int(conversation.encode(record, engine.tokenizer, template, layout).tokens[start]))
     if len(set(tokens)) < len(tokens):
-        raise RequestError(f"Of the candidates {', '.join(candidates)} two begin with the same token: {tokens}.")
+        raise RequestError(
+            f"Of the candidates {', '.join(candidates)} two begin with the same token ({tokens}): in this tokenizer the first "
+            "token does not tell them apart. Ask for words instead (another protocol)."
+        )
     return tokens
