@@ -70,7 +70,6 @@ def questions(argv: Sequence[str]) -> int:
     """Write what a model is asked, sighted or blind, as a question file for `jaxvlm generate --input` and LLaVA's scripts."""
     parser = argparse.ArgumentParser(prog="jaxvlm eval questions", description=questions.__doc__)
     _asked(parser)
-    parser.add_argument("--split", default="", help="the questions' split, where the files hold several")
     parser.add_argument("--images", default="", metavar="FOLDER", help="the benchmark's pictures")
     blind = [mode or "none" for mode in BLIND_MODES]
     parser.add_argument(
@@ -91,7 +90,6 @@ def questions(argv: Sequence[str]) -> int:
 def score(argv: Sequence[str]) -> int:
     """Score answers on file as a paper does. No model is run, but for a judge where the benchmark has one."""
     parser = _parser("score", score.__doc__)
-    parser.add_argument("--split", default="", help="the questions' split (default: told by their number)")
     parser.add_argument("--model", default="", help="the model that answered (default: what the answers say)")
     parser.add_argument("--subset", action="store_true", help="score the questions that were answered")
     parser.add_argument(
@@ -128,7 +126,6 @@ def score(argv: Sequence[str]) -> int:
 def export(argv: Sequence[str]) -> int:
     """Write answers as the file that the benchmark's own code or server takes."""
     parser = _parser("export", export.__doc__)
-    parser.add_argument("--split", default="", help="the questions' split, where the files hold several")
     parser.add_argument("--out", required=True, metavar="PATH", help="the file to write; a folder for MME and POPE")
     options = parser.parse_args(argv)
     tasks.find(options.task, options.protocol)
@@ -152,6 +149,7 @@ def _asked(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", required=True, help="`jaxvlm eval tasks` lists them")
     parser.add_argument("--protocol", required=True, help="llava15, prismatic, cambrian, official, jaxvlm")
     parser.add_argument("--references", required=True, metavar="PATH", help="the benchmark's official file or folder")
+    parser.add_argument("--split", default="", help="which split, where the files hold several; otherwise only a name")
 
 
 def _read(options: argparse.Namespace) -> tuple[list[dict], list[dict]]:
@@ -183,7 +181,8 @@ def _judged(options: argparse.Namespace, references: list[dict], found: list[dic
 
 def _summary(result: dict[str, Any]) -> str:
     """The result without its answers, as plain text."""
-    lines = [f"{result['task']}, {result['protocol']}: {result['headline']} {result['value']:.2f}", ""]
+    value = "not among these questions" if result["value"] is None else f"{result['value']:.2f}"
+    lines = [f"{result['task']}, {result['protocol']}: {result['headline']} {value}", ""]
     judge = result["judge"]
     facts = {
         "questions": f"{result['n']:,}, split: {result['split']}",

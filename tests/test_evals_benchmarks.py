@@ -37,7 +37,7 @@ def test_a_model_that_is_always_right_has_the_best_score(task, protocol):
     names = {"task": task, "protocol": protocol, "split": "val", "n": 72, "headline": how.headline, "model": "m1"}
     assert told == names and len(result["prompt"]) == 16
     assert result["judge"] == ({"model": "gpt-0", "prompt": "p1"} if how.takes == "judgement" else None)
-    assert how.takes in tasks.TAKES
+    assert bool(how.candidates) == (how.takes == "probabilities")
 
 
 # ---------------------------------------------------------------------------------------------------- guessing, and not

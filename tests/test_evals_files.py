@@ -245,8 +245,9 @@ def test_splits_in_one_folder(tmp_path):
     )
     folder = official_files("scienceqa", tmp_path / "sqa")
     assert len(tasks.read_references("scienceqa", folder, "val")) == 1
-    with pytest.raises(EvalError, match="no questions of the split 'testB'"):
-        tasks.read_references("refcoco", tmp_path / "refcoco", "testB")
+    for task, name in (("refcoco", "refcoco"), ("scienceqa", "sqa")):
+        with pytest.raises(EvalError, match="no questions of the split 'testB'"):
+            tasks.read_references(task, tmp_path / name, "testB")
 
 
 class Harmful:
@@ -297,6 +298,12 @@ def test_llavas_own_numbering(tmp_path):
         assert {name: a["text"] for name, a in match(read_answers(path), found).items()} == {
             q["id"]: q["id"] for q in found
         }
+
+
+def test_an_id_goes_before_another_questions_other_name():
+    found = completed([{"id": "v1_1", "x": 1}, {"id": "1", "x": 2}], dict)
+    made = match([{"question_id": "1", "question": "?", "text": "a"}, {"question_id": "v1_1", "text": "b"}], found)
+    assert {name: answer["text"] for name, answer in made.items()} == {"1": "a", "v1_1": "b"}
 
 
 def test_llavas_pope_answers_need_its_questions(tmp_path):

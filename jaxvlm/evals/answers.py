@@ -71,7 +71,7 @@ def match(predictions: Iterable[Record], references: Sequence[Record], subset: b
         name = _name(prediction)
         question = ids.get(name) if "question" not in prediction else None
         if question is None:
-            aliases = ids | _aliases(references) if aliases is None else aliases
+            aliases = _aliases(references) | ids if aliases is None else aliases
             question = _look_up(prediction, name, aliases, references)
         if question in found:
             raise EvalError(f"There are two answers to the question {question}; keep one of them.")

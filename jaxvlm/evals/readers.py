@@ -232,7 +232,7 @@ def mme_fields(q: dict) -> dict:
 def scienceqa(path: Path, split: str = "test") -> list[dict]:
     """A folder with problems.json and pid_splits.json."""
     problems, splits = read_json(path / "problems.json"), read_json(path / "pid_splits.json")
-    return [{"pid": name, **problems[name]} for name in splits[split]]
+    return [{"pid": name, **problems[name]} for name in splits.get(split, ())]
 
 
 def mmbench_fields(q: dict) -> dict:

@@ -21,14 +21,15 @@ from jaxvlm.evals.readers import Complete, collector_paused, named
 from jaxvlm.evals.scorers import Record, Scored, boxes, captions, choice, judged, text, vqa, yesno
 from jaxvlm.evals.scorers.normalise import evalai
 
-# Of a prediction, what a scorer looks at: what the model wrote; a number for each candidate answer as the first token;
-# the loss of each option's text; a judge's ratings.
-TAKES = ("text", "probabilities", "losses", "judgement")
-
 
 @dataclass(frozen=True)
 class Protocol:
-    """How one paper asks and scores a task. `headline` is the aggregate's number that the paper prints."""
+    """How one paper asks and scores a task.
+
+    `headline` is the aggregate's number that the paper prints; `takes` is what the scorer looks at in a prediction: `text`,
+    what the model wrote; `probabilities`, one for each of `candidates` as the first token; `losses`, one for each option's
+    text; `judgement`, another model's ratings.
+    """
 
     prompt: Prompt
     scorer: Callable[[Record, Record], Scored]
@@ -36,7 +37,7 @@ class Protocol:
     aggregate: Aggregate | None = None  # None: the task's own
     rewrite: Callable[[str], str] | None = None  # of the model's text, before it is scored or submitted
     takes: str = "text"
-    candidates: tuple[str, ...] = ()  # whose probabilities as the first token are taken
+    candidates: tuple[str, ...] = ()
     note: str = ""
 
 
