@@ -164,7 +164,7 @@ def generate(argv: Sequence[str]) -> None:
     parser = _model_parser("generate", generate.__doc__)
     parser.add_argument("question", nargs="?", help="one question; its answer is printed")
     parser.add_argument("--image", help="the image it is about")
-    parser.add_argument("--input", help='JSONL of {"question_id", "text", "image"?, "candidates"?}')
+    parser.add_argument("--input", help='JSONL of {"question_id", "text", "image"?, "candidates"? | "options"?}')
     parser.add_argument("--output", help="where the answers go, as JSONL")
     parser.add_argument("--images", default="", help="folder that the image paths are relative to")
     parser.add_argument("--batch_size", type=int)

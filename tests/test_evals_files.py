@@ -483,8 +483,8 @@ def test_questions_as_the_protocol_asks_them(tmp_path):
         asked("vqav2", "llava15", found, tmp_path / "q.jsonl", images=tmp_path)
     with pytest.raises(EvalError, match="Question 0 of mmmu names no picture"):
         asked("mmmu", "cambrian", [{"id": "0", "question": "?", "question_type": "open"}], tmp_path / "q.jsonl")
-    with pytest.raises(EvalError, match="takes the loss of every option"):
-        asked("seed-bench", "official", questions("seed-bench", 1), tmp_path / "q.jsonl")
+    (choosing,) = asked("seed-bench", "official", questions("seed-bench", 1), tmp_path / "q.jsonl", blind="noimage")
+    assert choosing == {"question_id": "0", "text": "what?", "options": [f"option {letter}" for letter in "abcd"]}
 
 
 def test_questions_without_a_picture_of_scienceqa(tmp_path):

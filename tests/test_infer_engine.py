@@ -14,13 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxvlm.config import EvalConfig, MeshConfig, PromptConfig, UserError
+from jaxvlm.data import conversation
 from jaxvlm.data.assets import toy
 from jaxvlm.data.tokenizer import Tokenizer
 from jaxvlm.evals import runner
 from jaxvlm.infer import decoding
 from jaxvlm.infer.answers import RequestError, generate_file
-from jaxvlm.infer.choices import choose_batches, first_tokens
-from jaxvlm.infer.engine import Engine, bucket, load
+from jaxvlm.infer.choices import choose_batches, first_tokens, loss_batches
+from jaxvlm.infer.engine import Engine, load
+from jaxvlm.infer.shapes import bucket
 from jaxvlm.main import main
 from jaxvlm.models.vlm import logical_axes
 from jaxvlm.parallel.mesh import make_mesh
@@ -295,6 +297,36 @@ def test_choosing_by_the_first_token(engine, requests, tmp_path):
     assert made[0]["probabilities"] == pytest.approx(found[1], abs=1e-5) and "probabilities" not in made[2]
     assert made[0]["text"] == candidates[int(np.argmax(found[1]))]
     assert generate_file(engine, tmp_path / "q.jsonl", tmp_path / "a.jsonl", **options) == 0
+
+
+def test_choosing_by_the_loss_of_each_answer(engine, requests, tmp_path):
+    """A loss is the mean over the answer's tokens and its end, from the logits of a conversation that goes on after it."""
+    options = ("red", "a dark blue circle")
+    found = dict(
+        p for b in loss_batches(engine, [{**r, "options": options} for r in requests], batch_size=3) for p in b
+    )
+    template = (engine.tokenizer, engine.prompt.template)
+    for index, request in enumerate(requests):
+        start = int(engine.logits([request]).mask.sum())  # the answer's place, visual tokens counted
+        for words, loss in zip(options, found[index], strict=True):
+            turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": words}]
+            encoded = conversation.encode({"id": 1, "conversations": turns}, *template)
+            answer = encoded.tokens[encoded.weights > 0]
+            longer = [
+                *request["messages"],
+                {"role": "assistant", "content": words},
+                {"role": "user", "content": "And?"},
+            ]
+            logits = engine.logits([{**request, "messages": longer}]).values[0, start - 1 : start - 1 + len(answer)]
+            logits = logits.astype(np.float64)
+            picked = logits[np.arange(len(answer)), answer]
+            assert loss == pytest.approx((np.log(np.exp(logits).sum(-1)) - picked).mean(), abs=1e-4)
+    asked = [{"question_id": i, "text": "Say a colour.", "options": options[:count]} for i, count in enumerate((1, 2))]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(q) + "\n" for q in asked))
+    generate_file(engine, tmp_path / "q.jsonl", tmp_path / "a.jsonl", max_new_tokens=NEW, log=lambda text: None)
+    made = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert made[1]["losses"] == pytest.approx(found[1], abs=1e-5) and made[0]["losses"] == made[1]["losses"][:1]
+    assert made[1]["text"] == options[int(np.argmin(found[1]))]
 
 
 def test_a_benchmark_from_questions_to_score(engine, world, tmp_path, capsys):

@@ -36,14 +36,10 @@ def write_questions(
     """Writes LLaVA's question JSONL, which `jaxvlm generate --input` and LLaVA's scripts answer; returns how many.
 
     `images` is the folder of the pictures, which the paths written are relative to. Where the protocol takes the first
-    token's probabilities, a record has the `candidates`. Raises `EvalError` for a picture that is not there, and for a
-    question of a benchmark of pictures that names none.
+    token's probabilities, a record has the `candidates`; where it takes losses, the `options`. Raises `EvalError` for a
+    picture that is not there, and for a question of a benchmark of pictures that names none.
     """
     about, how = tasks.find(task, protocol)
-    if how.takes == "losses":
-        raise EvalError(
-            f"{task} under {protocol} takes the loss of every option, which `jaxvlm generate` does not give."
-        )
     references = completed(references, about.complete)
     shown = [None if blind == "noimage" else _picture(task, reference, Path(images)) for reference in references]
     seen = picture_of(blind, [name for name in shown if name], seed, Path(images), Path(out).parent)
@@ -52,7 +48,11 @@ def write_questions(
         record = {"question_id": reference["id"], "text": how.prompt(reference)}
         if name and (picture := seen(name)):
             record["image"] = picture
-        records.append(record | ({"candidates": list(how.candidates)} if how.candidates else {}))
+        if how.candidates:
+            record["candidates"] = list(how.candidates)
+        if how.takes == "losses":
+            record["options"] = reference["choices"]
+        records.append(record)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     Path(out).write_text("".join(lines), encoding="utf-8")

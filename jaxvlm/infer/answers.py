@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from jaxvlm.infer.engine import Engine
 
 IMAGE_MARK = "<image>"
+CHOOSING = {"candidates", "options"}  # of a record: it is answered by one of these; see `choices`
 
 
 class RequestError(UserError):
@@ -98,10 +99,10 @@ def generate_file(
     """Answers every record of the JSONL file `source` into `out` and returns how many were new.
 
     A record is `{"question_id" | "id", "text", "image"?: path or list of paths}`, paths relative to `images`. An answer
-    is LLaVA's `{"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}`. Where a record has `candidates`, a
-    list of short answers, the likeliest by its first token is the text, and `probabilities` holds all their shares; sampling
-    does not touch these. Records whose id `out` already holds are skipped. Raises `RequestError` for a bad record, or if
-    `out` was written by another model or sampling.
+    is LLaVA's `{"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}`. Where a record has `candidates`, short
+    answers, the likeliest first token's is the text and `probabilities` holds all shares; where it has `options`, the one
+    of least loss is the text and `losses` holds them all; sampling touches neither. Records whose id `out` already holds
+    are skipped. Raises `RequestError` for a bad record, or if `out` was written by another model or sampling.
     """
     source, out = Path(source), Path(out)
     requests = read_requests(source, Path(images))
@@ -119,27 +120,24 @@ def generate_file(
     todo = [request for request in requests if str(request["id"]) not in done]
     log(f"{source}: {len(requests)} records, {len(requests) - len(todo)} already answered in {out}.")
     progress = Progress("generate", len(todo), log)
-    for candidates in dict.fromkeys(request["candidates"] for request in todo if "candidates" in request):
-        from jaxvlm.infer.choices import choose_batches
-
-        asked = [request for request in todo if request.get("candidates") == candidates]
-        for batch in choose_batches(engine, asked, candidates, batch_size):
-            answers = [(asked[index], candidates[shares.index(max(shares))], shares) for index, shares in batch]
-            append_records(out, [_answer(r, t, model_id, metadata) | {"probabilities": s} for r, t, s in answers])
-            progress.add(len(batch))
-    written = [request for request in todo if "candidates" not in request]
-    batches = engine.generate_batches(
-        written,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        batch_size=batch_size,
-    )
-    for batch in batches:
-        append_records(out, [_answer(written[index], text, model_id, metadata) for index, text in batch])
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    for batch in _answered(engine, todo, batch_size, sampling):
+        append_records(out, [_answer(request, text, model_id, metadata) | more for request, text, more in batch])
         progress.add(len(batch))
     return len(todo)
+
+
+def _answered(
+    engine: Engine, requests: list[dict], batch_size: int | None, sampling: dict
+) -> Iterator[list[tuple[dict, str, dict]]]:
+    """Batches of (request, its text, what more its record holds), those that choose among answers first."""
+    written = [request for request in requests if not CHOOSING & request.keys()]
+    if len(written) < len(requests):
+        from jaxvlm.infer.choices import choose
+
+        yield from choose(engine, [request for request in requests if CHOOSING & request.keys()], batch_size)
+    for batch in engine.generate_batches(written, batch_size=batch_size, **sampling):
+        yield [(written[index], text, {}) for index, text in batch]
 
 
 def _answer(request: dict, text: str, model_id: str, metadata: dict) -> dict:
@@ -155,7 +153,7 @@ def _answer(request: dict, text: str, model_id: str, metadata: dict) -> dict:
 
 
 def read_requests(path: Path, images: Path) -> list[dict]:
-    """Reads `{"question_id" | "id", "text", "image"?, "candidates"?}` lines into engine requests.
+    """Reads `{"question_id" | "id", "text", "image"?, "candidates"?, "options"?}` lines into engine requests.
 
     Images go in front of a text that has no `<image>` of its own. Raises `RequestError` naming file and line.
     """
@@ -183,6 +181,6 @@ def read_requests(path: Path, images: Path) -> list[dict]:
                 raise RequestError(f"{where}: the image {item} does not exist.")
         text = str(record["text"])
         marks = "" if IMAGE_MARK in text else f"{IMAGE_MARK}\n" * len(paths)
-        more = {"candidates": tuple(record["candidates"])} if "candidates" in record else {}
+        more = {name: tuple(map(str, record[name])) for name in CHOOSING & record.keys()}
         requests.append({"id": name, "messages": [{"role": "user", "content": marks + text}], "images": paths} | more)
     return requests
