@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxvlm.config import ConfigError
-from jaxvlm.evals import answers, judges, submissions, tasks
+from jaxvlm.evals import answers, judges, readers, submissions, tasks
 from jaxvlm.evals.asking import write_questions
 from jaxvlm.evals.blind import BLIND_MODES
 from jaxvlm.evals.scoring import score as score_answers
@@ -70,7 +70,12 @@ def questions(argv: Sequence[str]) -> int:
     """Write what a model is asked, sighted or blind, as a question file for `jaxvlm generate --input` and LLaVA's scripts."""
     parser = argparse.ArgumentParser(prog="jaxvlm eval questions", description=questions.__doc__)
     _asked(parser)
-    parser.add_argument("--images", default="", metavar="FOLDER", help="the benchmark's pictures")
+    parser.add_argument(
+        "--images",
+        default="",
+        metavar="FOLDER",
+        help="the benchmark's pictures; those inside a .tsv (MMBench) are written there",
+    )
     blind = [mode or "none" for mode in BLIND_MODES]
     parser.add_argument(
         "--blind", default="none", choices=blind, help="what is shown in place of a picture (default: itself)"
@@ -80,6 +85,8 @@ def questions(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     tasks.find(options.task, options.protocol)
     references = tasks.read_references(options.task, options.references, options.split)
+    if options.images and Path(options.references).suffix == ".tsv":
+        readers.save_pictures(Path(options.references), Path(options.images))
     more = {"images": options.images, "blind": options.blind.replace("none", ""), "seed": options.seed}
     count = write_questions(options.task, options.protocol, references, options.out, **more)
     print(f"{options.out}: {count:,} questions. To answer them:")

@@ -40,6 +40,80 @@ def test_a_model_that_is_always_right_has_the_best_score(task, protocol):
     assert bool(how.candidates) == (how.takes == "probabilities")
 
 
+# --------------------------------------------------------------------------------------------------------------- prompts
+
+SHORT = "\nAnswer the question using a single word or phrase."
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+UNSURE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
+ONLY = "\nPlease answer directly with only the letter of the correct option and nothing else."
+ABCD = "\nA. option a\nB. option b\nC. option c\nD. option d"
+
+
+@pytest.mark.parametrize(
+    ("task", "protocol", "prompt"),
+    [
+        ("vqav2", "official", "what?"),
+        ("vqav2", "llava15", "what?" + SHORT),
+        ("gqa", "prismatic", "what?" + SHORT),
+        ("vizwiz", "llava15", "what?" + UNSURE + SHORT),
+        ("vizwiz", "cambrian", "what?" + UNSURE + SHORT),
+        ("textvqa", "prismatic", "what?" + SHORT),
+        ("textvqa-ocr", "llava15", "what?\nReference OCR token: STOP" + SHORT),
+        ("textvqa-ocr", "cambrian", "what?\nReference OCR tokens: STOP" + SHORT),
+        ("pope", "llava15", "Is it?" + SHORT),
+        ("mme", "official", "Is it 0? Please answer yes or no."),
+        ("mme", "llava15", "Is it 0?" + SHORT),
+        ("mme", "cambrian", "Is it 0? Please answer yes or no." + SHORT),
+        ("scienceqa", "llava15", "Context: N/A\nQuestion: what?\nOptions: (A) red (B) blue" + LETTER),
+        ("scienceqa", "cambrian", "what?\nA. red\nB. blue" + ONLY),
+        ("mmbench", "llava15", "what 0?\nA. option 0\nB. option 1" + LETTER),
+        ("mmbench", "cambrian", "what 0? Options:\nA. option 0\nB. option 1" + LETTER),
+        ("mmbench-cn", "llava15", "what 0?\nA. option 0\nB. option 1\n请直接回答选项字母。"),
+        ("seed-bench", "llava15", "what?" + ABCD + LETTER),
+        ("seed-bench", "cambrian", "what? Options:" + ABCD + LETTER),
+        ("mm-vet", "llava15", "what?"),
+        (
+            "refcoco",
+            "prismatic",
+            'Please provide the bounding box coordinate of the region this sentence describes: "man"',
+        ),
+        (
+            "vsr",
+            "prismatic",
+            'Based on the image, is this statement "True" or "False"? The cat is on the mat.\n'
+            'Respond with "True" or "False" directly.',
+        ),
+        ("ai2d", "prismatic", "what?\nA. w\nB. x\nC. y\nD. z" + LETTER),
+        ("mmvp", "cambrian", "is it? Options:\nA. Open\nB. Closed" + LETTER),
+        ("cv-bench", "cambrian", "Which? (A) left (B) right" + LETTER),
+        ("realworldqa", "cambrian", "which?"),
+        ("chartqa", "cambrian", "how much?\nAnswer the question using a single number or phrase."),
+        ("docvqa", "cambrian", "what?\nGive the short answer directly."),
+        ("mmmu", "cambrian", "what ? Options:\nA. w\nB. x\nC. y\nD. z" + LETTER),
+        ("mathvista", "cambrian", "Hint: ...\nQuestion: what?" + SHORT),
+        ("mmstar", "cambrian", "what? Options: A: w, B: x" + ONLY),
+    ],
+)
+def test_prompts(task, protocol, prompt):
+    assert tasks.find(task, protocol)[1].prompt(questions(task, 1)[0]) == prompt
+
+
+def test_prompts_with_hints():
+    hinted = {**questions("mmbench", 1)[0], "hint": "It is red."}
+    assert tasks.find("mmbench", "llava15")[1].prompt(hinted).startswith("It is red.\nwhat 0?\nA.")
+    hinted = {**questions("scienceqa", 1)[0], "hint": "It is red."}
+    assert tasks.find("scienceqa", "llava15")[1].prompt(hinted).startswith("Context: It is red.\nQuestion: what?")
+    assert tasks.find("scienceqa", "cambrian")[1].prompt(hinted).startswith("It is red. what?\nA. red")
+    reasoned = questions("mathvista", 2)[1]
+    end = "\nFirst show your reasoning process and then give the final answer."
+    assert tasks.find("mathvista", "cambrian")[1].prompt(reasoned) == "Hint: ...\nQuestion: what?" + end
+    bare = completed(
+        [{"index": "7", "question": "q", "A": "x", "B": "nan", "C": "y", "hint": "nan", "answer": "A"}],
+        tasks.TASKS["mmbench"].complete,
+    )
+    assert tasks.find("mmbench", "official")[1].prompt(bare[0]) == "q\nA. x" + LETTER  # options end at the first nan
+
+
 # ---------------------------------------------------------------------------------------------------- guessing, and not
 
 YES_NO = ["Yes", "No"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import pickle
 from pathlib import Path
@@ -492,6 +493,18 @@ def test_questions_without_a_picture_of_scienceqa(tmp_path):
     made = asked("scienceqa", "llava15", found, tmp_path / "q.jsonl", images=pictures(tmp_path, ["1/image.png"]))
     assert [q.get("image") for q in made] == [None, "1/image.png"]
     assert made[1]["text"].startswith("Context: N/A\nQuestion: what?\nOptions: (A) red (B) blue (C) green\nAnswer with")
+
+
+def test_pictures_inside_mmbenchs_table(tmp_path, capsys):
+    found = eval_helpers.questions("mmbench", 5)  # circles of two and of three
+    image = base64.b64encode(pictures(tmp_path, ["p.jpg"]).joinpath("p.jpg").read_bytes()).decode()
+    table = tsv(tmp_path / "mmbench_dev.tsv", [{**q, "image": image} for q in found])
+    options = ("--task", "mmbench", "--protocol", "llava15", "--references", table, "--images", tmp_path / "images")
+    assert run(capsys, "questions", *options, "--out", tmp_path / "q.jsonl")[0] == 0
+    assert sorted(path.name for path in (tmp_path / "images").iterdir()) == ["0.jpg", "1.jpg"]
+    made = [json.loads(line) for line in (tmp_path / "q.jsonl").read_text().splitlines()]
+    assert [q["image"] for q in made] == [f"{int(q['index']) % 1_000_000}.jpg" for q in found]
+    assert Image.open(tmp_path / "images" / "1.jpg").size == (8, 6)
 
 
 def test_questions_answers_and_score_by_verbs(tmp_path, capsys):

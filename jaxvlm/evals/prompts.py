@@ -41,8 +41,13 @@ def options(choices: Any) -> str:
 
 
 def choices(suffix: str = LETTER, head: str = "") -> Prompt:
-    """The question, its options, and a suffix; `head` stands before the options (Cambrian: " Options:")."""
-    return lambda record: asked(record) + head + options(record["choices"]) + suffix
+    """The hint if there is one (MMBench), the question, its options, and a suffix; Cambrian's `head` is " Options:"."""
+
+    def prompt(record: Record) -> str:
+        hint = f"{record['hint']}\n" if record.get("hint") else ""
+        return hint + asked(record) + head + options(record["choices"]) + suffix
+
+    return prompt
 
 
 def mme(record: Record) -> str:
@@ -64,14 +69,6 @@ def scienceqa(record: Record) -> str:
 def scienceqa_cambrian(record: Record) -> str:
     hint = f"{record['hint']} " if record.get("hint") else ""
     return hint + asked(record) + options(record["choices"]) + ONLY_LETTER
-
-
-def mmbench(suffix: str = LETTER, head: str = "") -> Prompt:
-    def prompt(record: Record) -> str:
-        hint = f"{record['hint']}\n" if record.get("hint") else ""
-        return hint + asked(record) + head + options(record["choices"]) + suffix
-
-    return prompt
 
 
 def box(record: Record) -> str:

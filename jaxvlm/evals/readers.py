@@ -7,6 +7,7 @@ them in another form; it leaves alone what is there already. Images are never op
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import csv
 import gc
@@ -235,6 +236,9 @@ def scienceqa(path: Path, split: str = "test") -> list[dict]:
     return [{"pid": name, **problems[name]} for name in splits.get(split, ())]
 
 
+SHORTEST_PICTURE = 64  # characters of base64; a shorter cell is the index of the row that holds the picture
+
+
 def mmbench_fields(q: dict) -> dict:
     """A rotation's index is its question's plus pass x 1,000,000; options end at the first that is nan."""
     index, options = int(q["index"]), []
@@ -243,8 +247,22 @@ def mmbench_fields(q: dict) -> dict:
             break
         options.append(q[letter])
     kept = {key: value for key, value in q.items() if not (key == "image" or (key == "hint" and _absent(value)))}
-    added = {"id": str(index), "group": str(index % 1_000_000), "rotation": index // 1_000_000}
-    return added | {"choices": options, "image": str(index)} | kept
+    group = str(index % 1_000_000)
+    added = {"id": str(index), "group": group, "image": group, "rotation": index // 1_000_000}
+    return added | {"choices": options} | kept
+
+
+def save_pictures(path: Path, folder: Path) -> int:
+    """Writes the pictures that a .tsv holds in base64 to {index}.jpg in `folder`, those of rotations left out; how many."""
+    count = 0
+    for row in cells(path):
+        index, data = int(row["index"]), row.get("image") or ""
+        file = folder / f"{index}.jpg"
+        if index < 1_000_000 and len(data) > SHORTEST_PICTURE and not file.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(base64.b64decode(data))
+            count += 1
+    return count
 
 
 def _absent(cell: Any) -> bool:

@@ -64,7 +64,7 @@ box = prompts.box
 
 
 def _mmbench(title: str, suffix: str) -> Task:
-    official = Protocol(prompts.mmbench(suffix), choice.mmbench, "circular", note="rules only: no model is asked")
+    official = Protocol(prompts.choices(suffix), choice.mmbench, "circular", note="rules only: no model is asked")
     return Task(
         title,
         "mmbench_*.tsv",
@@ -72,7 +72,7 @@ def _mmbench(title: str, suffix: str) -> Task:
         {
             "official": official,
             "llava15": official,
-            "cambrian": Protocol(prompts.mmbench(suffix, " Options:"), choice.cambrian, "circular"),
+            "cambrian": Protocol(prompts.choices(suffix, " Options:"), choice.cambrian, "circular"),
         },
         aggregates.circular,
         readers.mmbench_fields,
