@@ -221,7 +221,12 @@ def _mmstar(i: int, rng: random.Random) -> dict:
 
 
 def _ocrbench(i: int, rng: random.Random) -> dict:
-    return {"question": "what is written?", "answers": ["CENTRE"], "type": ("Regular Text Recognition", "KIE")[i % 2]}
+    names = {"dataset_name": ("IIIT5K", "FUNSD")[i % 2], "id": i // 2, "image_path": f"{i}.png"}
+    return names | {
+        "question": "what is written?",
+        "answers": ["CENTRE"],
+        "type": ("Regular Text Recognition", "KIE")[i % 2],
+    }
 
 
 def _chair(i: int, rng: random.Random) -> dict:

@@ -292,6 +292,7 @@ def test_llavas_own_numbering(tmp_path):
         },
         "mm-vet": lambda q: {"question_id": int(q["id"][3:])},
         "vizwiz": lambda q: {"question_id": q["image"][:-4]},
+        "ocrbench": lambda q: {"id": int(q["id"].split("/")[1]), "dataset_name": q["dataset_name"]},  # its own file's
     }
     for task, answer in cases.items():
         found = questions(task)

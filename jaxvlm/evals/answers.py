@@ -10,7 +10,7 @@ from jaxvlm.evals.readers import ID_NAMES, cells, collector_paused, read_json, r
 from jaxvlm.evals.scorers import Record
 from jaxvlm.evals.sheets import read_xlsx
 
-WORDS = ("text", "prediction", "answer")  # what the field of the model's words may be called, first come
+WORDS = ("text", "prediction", "predict", "answer")  # what the field of the model's words may be called, first come
 PICTURES = (".jpg", ".jpeg", ".png")
 
 
@@ -109,9 +109,9 @@ def _other_names(reference: Record) -> Iterator[str]:
         yield str(reference["question_id"])
     if "question" in reference:
         words = plain_question(str(reference["question"])).lower()
-        for key in ("image_id", "image"):  # TextVQA; POPE and MME
-            yield f"{reference.get('category')}/{_stem(str(reference.get(key)))}/{words}"
-            yield f"{_stem(str(reference.get(key)))}/{words}"
+        for key in {"image_id", "image"} & reference.keys():  # TextVQA; POPE and MME
+            yield f"{reference.get('category')}/{_stem(str(reference[key]))}/{words}"
+            yield f"{_stem(str(reference[key]))}/{words}"
 
 
 def _look_up(prediction: Record, name: str, aliases: dict[str, str], references: Sequence[Record]) -> str:
@@ -120,8 +120,9 @@ def _look_up(prediction: Record, name: str, aliases: dict[str, str], references:
     if "question" in prediction and "image" in prediction:  # MME's own files; POPE with LLaVA's questions
         words = plain_question(prediction["question"]).lower()
         tried.append(f"{prediction.get('category')}/{_stem(str(prediction['image']))}/{words}")
-    elif "category" in prediction:
-        tried.append(f"{prediction['category']}/{name}")
+    tried += [
+        f"{prediction[key]}/{name}" for key in ("category", "dataset_name") if key in prediction
+    ]  # POPE, OCRBench
     tried += [name, _stem(name)]
     if isinstance(prediction.get("prompt"), str):  # LLaVA's MME and TextVQA: a question_id is an image's
         tried.append(f"{_stem(name)}/{plain_question(prediction['prompt']).lower()}")

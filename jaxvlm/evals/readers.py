@@ -65,10 +65,11 @@ def completed(records: Iterable[dict], complete: Complete) -> list[dict]:
 
 
 def named(**templates: str) -> Complete:
-    """Adds fields made of others, as in id="{question_id}"; with nothing to add, copies."""
+    """Adds fields made of others, as in id="{question_id}"; with nothing to add, copies. An `id` there is replaced."""
 
     def complete(record: dict) -> dict:
-        return {name: template.format_map(record) for name, template in templates.items()} | record
+        made = {name: template.format_map(record) for name, template in templates.items()}
+        return made | record | ({"id": made["id"]} if "id" in made else {})
 
     return complete
 

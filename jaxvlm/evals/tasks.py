@@ -295,7 +295,7 @@ TASKS: dict[str, Task] = {
             "jaxvlm": Protocol(prompts.true_false, yesno.vsr_text),
         },
         aggregates.vsr,
-        splits={"zeroshot test (Hub)": 1_222, "zeroshot test (repository)": 616},
+        splits={"zeroshot test": 1_222},
     ),
     "tallyqa": Task(
         "TallyQA",
@@ -414,7 +414,8 @@ TASKS: dict[str, Task] = {
             "cambrian": Protocol(prompts.with_suffix(prompts.SHORT_DIRECT), text.ocrbench),
         },
         aggregates.ocrbench,
-        splits={"all": 1_000},
+        named(id="{dataset_name}/{id}", image="{image_path}"),
+        {"all": 1_000},
     ),
     "chair": Task(
         "CHAIR, objects hallucinated in captions",
