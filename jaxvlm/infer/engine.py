@@ -292,7 +292,7 @@ class Engine:
         row = zlib.crc32(str(request.get("id", index)).encode())
         blend = None if spliced.shares is None else (spliced.corners, spliced.shares)
         asked = self.instructions.encode(messages) if self.instructions else []
-        answer = (spliced.targets, spliced.weights)
+        answer = (spliced.targets, spliced.weights) if "answer" in request else None
         return Prompt(spliced.tokens, spliced.visual_index, blend, images, plans, asked, row, answer)
 
     def _plans(self, images: Sequence[Any]) -> list[ImagePlan]:
