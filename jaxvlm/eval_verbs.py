@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxvlm.config import ConfigError
 from jaxvlm.evals import answers, judges, readers, submissions, tasks
-from jaxvlm.evals.asking import write_questions
+from jaxvlm.evals.asking import draw, write_questions
 from jaxvlm.evals.blind import BLIND_MODES
 from jaxvlm.evals.scoring import score as score_answers
 
@@ -20,6 +20,7 @@ USAGE = """jaxvlm eval: evaluate a run, and score answers that any program wrote
   jaxvlm eval --run WORKDIR                                          evaluate a run (`jaxvlm eval --run --help`)
   jaxvlm eval tasks  [TASK]                                          the benchmarks and their protocols
   jaxvlm eval questions --task T --protocol P --references R --images DIR --out Q   what a model is asked, sighted or blind
+  jaxvlm eval benchmark --task T --protocol P --references R --images DIR --run RUN --out DIR   ask a model all of it and score
   jaxvlm eval score  --task T --protocol P --answers A --references R   score answers; no model is run
   jaxvlm eval export --task T --protocol P --answers A --references R --out F   write the benchmark's submission file
 
@@ -94,6 +95,56 @@ def questions(argv: Sequence[str]) -> int:
     return 0
 
 
+def benchmark(argv: Sequence[str]) -> int:
+    """Ask a model a benchmark's questions and score its answers; with --blind once more without seeing. Goes on where it
+    was stopped."""
+    parser = argparse.ArgumentParser(prog="jaxvlm eval benchmark", description=benchmark.__doc__)
+    _asked(parser)
+    parser.add_argument("--run", required=True, metavar="PATH", help="a run's --workdir, or a model in any format")
+    parser.add_argument("--images", required=True, metavar="FOLDER", help="the benchmark's pictures")
+    parser.add_argument(
+        "--blind", default="none", choices=["none", *BLIND_MODES[1:]], help="what the second run is shown"
+    )
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="about N questions, drawn by --seed; pairs and circles stay whole"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument("--batch_size", type=int)
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="questions, answers and results go there")
+    options = parser.parse_args(argv)
+    _, how = tasks.find(options.task, options.protocol)
+    if how.takes == "judgement":
+        raise ConfigError(
+            f"{options.task} is rated by another model: jaxvlm eval questions, generate, then eval score."
+        )
+    references = tasks.read_references(options.task, options.references, options.split)
+    references = draw(references, options.limit, options.seed) if options.limit else references
+    from jaxvlm.infer.answers import generate_file
+    from jaxvlm.infer.engine import load
+
+    engine, values = load(options.run, dtype=None), {}
+    for mode in [""] + [options.blind] * (options.blind != "none"):
+        name = mode or "sighted"
+        asked, made, scored = (
+            Path(options.out) / f"{name}-{part}" for part in ("questions.jsonl", "answers.jsonl", "result.json")
+        )
+        write_questions(
+            options.task, options.protocol, references, asked, images=options.images, blind=mode, seed=options.seed
+        )
+        sampling = {"max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size}
+        generate_file(engine, asked, made, images=options.images, **sampling)
+        result = score_answers(
+            options.task, options.protocol, answers.read_answers(made), references, split=options.split
+        )
+        values[name] = result["value"]
+        _save(result | {"blind": mode}, scored)
+        print(f"\n{name}: {_summary(result)}\n")
+    if options.blind != "none":
+        print(f"What seeing is worth: {values['sighted'] - values[options.blind]:.2f} ({options.blind})")
+    return 0
+
+
 def score(argv: Sequence[str]) -> int:
     """Score answers on file as a paper does. No model is run, but for a judge where the benchmark has one."""
     parser = _parser("score", score.__doc__)
@@ -123,9 +174,7 @@ def score(argv: Sequence[str]) -> int:
     )
     print(_summary(result))
     if options.out:
-        Path(options.out).write_text(
-            json.dumps(result, ensure_ascii=False, indent=1, default=str) + "\n", encoding="utf-8"
-        )
+        _save(result, Path(options.out))
         print(f"\nWritten to {options.out}.")
     return 0
 
@@ -186,6 +235,10 @@ def _judged(options: argparse.Namespace, references: list[dict], found: list[dic
     return judges.judged_answers(matched, judgements)
 
 
+def _save(result: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(result, ensure_ascii=False, indent=1, default=str) + "\n", encoding="utf-8")
+
+
 def _summary(result: dict[str, Any]) -> str:
     """The result without its answers, as plain text."""
     value = "not among these questions" if result["value"] is None else f"{result['value']:.2f}"
@@ -213,6 +266,7 @@ def _columns(rows: Sequence[tuple[str, ...]]) -> str:
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "tasks": show_tasks,
     "questions": questions,
+    "benchmark": benchmark,
     "score": score,
     "export": export,
 }

@@ -194,6 +194,8 @@ def evaluate(argv: Sequence[str]) -> None:
     if not argv or argv[0] in ("-h", "--help") or not argv[0].startswith("-"):
         from jaxvlm.eval_verbs import main as run_verb
 
+        if argv[:1] == ["benchmark"]:  # the only one with a model
+            prepare_jax()
         raise SystemExit(run_verb(argv))
     parser = argparse.ArgumentParser(prog="jaxvlm eval", description=evaluate.__doc__)
     parser.add_argument("--run", required=True, metavar="WORKDIR")

@@ -39,7 +39,7 @@ LEAVES = {"config", "html", "progress", "templates"}
 TOP = {
     "main": set(ROOMS),
     "data_verbs": {"data"},
-    "eval_verbs": {"evals"},
+    "eval_verbs": {"evals", "infer"},
     "job": set(ROOMS),
     "doctor": set(),
     "__init__": {"infer"},

@@ -13,7 +13,7 @@ from PIL import Image
 
 from jaxvlm.evals import score, submissions, tasks
 from jaxvlm.evals.answers import match, read_answers
-from jaxvlm.evals.asking import write_questions
+from jaxvlm.evals.asking import draw, write_questions
 from jaxvlm.evals.question_file import EvalError
 from jaxvlm.evals.readers import completed
 from jaxvlm.evals.sheets import read_xlsx, write_xlsx
@@ -487,6 +487,17 @@ def test_questions_as_the_protocol_asks_them(tmp_path):
         asked("mmmu", "cambrian", [{"id": "0", "question": "?", "question_type": "open"}], tmp_path / "q.jsonl")
     (choosing,) = asked("seed-bench", "official", questions("seed-bench", 1), tmp_path / "q.jsonl", blind="noimage")
     assert choosing == {"question_id": "0", "text": "what?", "options": [f"option {letter}" for letter in "abcd"]}
+
+
+def test_draws_are_nested_and_keep_groups_whole():
+    found = questions("mmbench", 90)
+    small, large = draw(found, 20, 3), draw(found, 50, 3)
+    assert 20 <= len(small) < 24 and 50 <= len(large) < 54
+    assert [q for q in large if q in small] == small and [q for q in found if q in large] == large
+    for drawn in (small, large):
+        kept = {q["group"] for q in drawn}
+        assert len(drawn) == sum(q["group"] in kept for q in found)
+    assert draw(found, 20, 4) != small and draw(found, 999, 0) == found
 
 
 def test_questions_without_a_picture_of_scienceqa(tmp_path):

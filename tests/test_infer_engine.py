@@ -351,6 +351,22 @@ def test_a_benchmark_from_questions_to_score(engine, world, tmp_path, capsys):
     result = json.loads((tmp_path / "score.json").read_text())
     assert (result["headline"], result["n"], result["model"]) == ("f1", 3, engine.fingerprint)
     assert result["prompts_as_asked"] == "3 of 3" and len(result["prompt"]) == 16
+    more = [
+        "--run",
+        str(tmp_path / "model"),
+        "--blind",
+        "gray",
+        "--out",
+        str(tmp_path / "all"),
+        "--max_new_tokens",
+        "4",
+    ]
+    for _ in range(2):  # the second time every answer is there
+        assert verb("benchmark", "llava15", *images, *more) == 0
+    shown = capsys.readouterr().out
+    assert "sighted: pope, llava15: f1" in shown and "What seeing is worth:" in shown and "3 already answered" in shown
+    blind = json.loads((tmp_path / "all" / "gray-result.json").read_text())
+    assert blind["blind"] == "gray" and blind["prompts_as_asked"] == "3 of 3"
     # Prismatic's candidates: this small tokenizer spells both, so that it is refused.
     assert verb("questions", "prismatic", *images, "--out", asked) == 0 and main([*generate[:-1], made + "2"]) == 1
     assert "Yes, No two begin with the same token" in capsys.readouterr().err

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from jaxvlm.evals import tasks
 from jaxvlm.evals.blind import picture_of
@@ -57,6 +59,22 @@ def write_questions(
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     Path(out).write_text("".join(lines), encoding="utf-8")
     return len(records)
+
+
+def draw(references: Sequence[dict], count: int, seed: int) -> list[dict]:
+    """Whole groups of questions (images, pairs, circles), drawn by the seed, until there are `count` questions or more.
+
+    The groups are shuffled once, so a smaller draw lies inside a larger one. In the references' order.
+    """
+    groups: dict[str, list[dict]] = {}
+    for reference in references:
+        groups.setdefault(reference["group"], []).append(reference)
+    parts, drawn = list(groups.values()), set()
+    for place in np.random.default_rng(seed).permutation(len(parts)):
+        if len(drawn) >= count:
+            break
+        drawn |= {reference["id"] for reference in parts[place]}
+    return [reference for reference in references if reference["id"] in drawn]
 
 
 def _picture(task: str, reference: Record, images: Path) -> str | None:
