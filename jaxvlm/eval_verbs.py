@@ -17,12 +17,12 @@ from jaxvlm.evals.scoring import score as score_answers
 
 USAGE = """jaxvlm eval: evaluate a run, and score answers that any program wrote.
 
-  jaxvlm eval --run WORKDIR                                          evaluate a run (`jaxvlm eval --run --help`)
-  jaxvlm eval tasks  [TASK]                                          the benchmarks and their protocols
-  jaxvlm eval questions --task T --protocol P --references R --images DIR --out Q   what a model is asked, sighted or blind
-  jaxvlm eval benchmark --task T --protocol P --references R --images DIR --run RUN --out DIR   ask a model all of it and score
-  jaxvlm eval score  --task T --protocol P --answers A --references R   score answers; no model is run
-  jaxvlm eval export --task T --protocol P --answers A --references R --out F   write the benchmark's submission file
+  jaxvlm eval --run WORKDIR     evaluate a run on its config's questions (`jaxvlm eval --run WORKDIR --help`)
+  jaxvlm eval tasks [TASK]      the benchmarks and their protocols
+  jaxvlm eval benchmark --task T --protocol P --references R --images DIR --run RUN --out DIR    ask a model and score it
+  jaxvlm eval questions --task T --protocol P --references R --images DIR --out Q    what a model is asked, sighted or blind
+  jaxvlm eval score     --task T --protocol P --references R --answers A             score answers; no model is run
+  jaxvlm eval export    --task T --protocol P --references R --answers A --out F     the benchmark's submission file
 
 A is LLaVA's answer JSONL, `jaxvlm generate`'s, or an official submission; R is what `jaxvlm eval tasks T` says. Example:
   jaxvlm eval score --task gqa --protocol llava15 --answers merge.jsonl --references testdev_balanced_questions.json
