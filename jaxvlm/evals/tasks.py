@@ -247,7 +247,7 @@ TASKS: dict[str, Task] = {
         {
             "official": Protocol(ask, choice.likelihood, takes="losses"),
             "llava15": Protocol(letter, choice.exact_letter),
-            "cambrian": Protocol(letter_options, choice.cambrian_period_only, "accuracy/image"),
+            "cambrian": Protocol(letter_options, choice.cambrian, "accuracy/image"),
         },
         aggregates.seed,
         readers.seed_fields,

@@ -90,9 +90,9 @@ def after_answer_is(text: str) -> str:
     return text.strip()
 
 
-def cambrian_letter(text: str, ends: str = ".:,") -> str:
-    """Cambrian's letter: the first character of what is left without `ends` and brackets, so "banana" is b."""
-    return after_answer_is(text).rstrip(ends).lstrip("(").rstrip(")")[:1]
+def cambrian_letter(text: str) -> str:
+    """Cambrian's letter: the first character of what is left without `.:,` and brackets, so "banana" is b."""
+    return after_answer_is(text).rstrip(".:,").lstrip("(").rstrip(")")[:1]
 
 
 def _letter_of(reference: Record) -> str:
@@ -102,7 +102,7 @@ def _letter_of(reference: Record) -> str:
 
 
 def cambrian(prediction: Record, reference: Record) -> Scored:
-    """MMBench in Cambrian."""
+    """MMBench, SEED-Bench and CV-Bench in Cambrian. (Two of its scripts strip periods only, which decides nothing.)"""
     letter = cambrian_letter(prediction["text"])
     return accuracy(letter, letter == _letter_of(reference), _is_choice(letter, reference))
 
@@ -114,16 +114,10 @@ def diagrams_cambrian(prediction: Record, reference: Record) -> Scored:
     return accuracy(letter, letter in (_letter_of(reference), index), _is_choice(letter, reference))
 
 
-def cambrian_period_only(prediction: Record, reference: Record) -> Scored:
-    """SEED-Bench, and CV-Bench's ADE20K and COCO parts: only periods are stripped, so "B:" and "B," still start with b."""
-    letter = cambrian_letter(prediction["text"], ".")
-    return accuracy(letter, letter == _letter_of(reference), _is_choice(letter, reference))
-
-
 def cvbench(prediction: Record, reference: Record) -> Scored:
     """CV-Bench: as its three scripts do; the Omni3D one also takes an option of a single character as the answer."""
     if reference["source"] != "Omni3D":
-        return cambrian_period_only(prediction, reference)
+        return cambrian(prediction, reference)
     letter = cambrian_letter(prediction["text"])
     right = _letter_of(reference)
     option = reference["choices"][LETTERS.index(right.upper())]
