@@ -125,7 +125,7 @@ def benchmark(argv: Sequence[str]) -> int:
 
     engine, values = load(options.run, dtype=None), {}
     for mode in [""] + [options.blind] * (options.blind != "none"):
-        name = mode or "sighted"
+        name = (mode or "sighted") + f"-{options.seed}" * (mode == "shuffle")
         asked, made, scored = (
             Path(options.out) / f"{name}-{part}" for part in ("questions.jsonl", "answers.jsonl", "result.json")
         )
@@ -134,14 +134,14 @@ def benchmark(argv: Sequence[str]) -> int:
         )
         sampling = {"max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size}
         generate_file(engine, asked, made, images=options.images, **sampling)
-        result = score_answers(
-            options.task, options.protocol, answers.read_answers(made), references, split=options.split
-        )
-        values[name] = result["value"]
+        drawn = {reference["id"] for reference in references}  # an earlier, larger draw's answers may lie there too
+        found = [answer for answer in answers.read_answers(made) if answer["question_id"] in drawn]
+        result = score_answers(options.task, options.protocol, found, references, split=options.split)
+        values[mode] = result["value"]
         _save(result | {"blind": mode}, scored)
         print(f"\n{name}: {_summary(result)}\n")
     if options.blind != "none":
-        print(f"What seeing is worth: {values['sighted'] - values[options.blind]:.2f} ({options.blind})")
+        print(f"What seeing is worth: {values[''] - values[options.blind]:.2f} ({options.blind})")
     return 0
 
 

@@ -340,11 +340,11 @@ def test_a_benchmark_from_questions_to_score(engine, world, tmp_path, capsys):
     generate = ["generate", "--run", str(tmp_path / "model"), "--input", asked, *images, "--output", made]
 
     def verb(name, protocol, *more):
-        with pytest.raises(SystemExit) as stop:
-            main(
-                ["eval", name, "--task", "pope", "--protocol", protocol, "--references", str(tmp_path / "pope"), *more]
-            )
-        return stop.value.code
+        about = ["--task", "pope", "--protocol", protocol, "--references", str(tmp_path / "pope")]
+        try:
+            return main(["eval", name, *about, *more])
+        except SystemExit as stop:
+            return stop.code
 
     assert verb("questions", "llava15", *images, "--out", asked) == 0 and main(generate) == 0
     assert verb("score", "llava15", "--answers", made, "--out", str(tmp_path / "score.json")) == 0
@@ -367,6 +367,10 @@ def test_a_benchmark_from_questions_to_score(engine, world, tmp_path, capsys):
     assert "sighted: pope, llava15: f1" in shown and "What seeing is worth:" in shown and "3 already answered" in shown
     blind = json.loads((tmp_path / "all" / "gray-result.json").read_text())
     assert blind["blind"] == "gray" and blind["prompts_as_asked"] == "3 of 3"
+    assert verb("benchmark", "llava15", *images, *more[:2], *more[4:], "--limit", "2") == 0
+    assert "questions       2," in capsys.readouterr().out
+    assert verb("benchmark", "official", *images, *more, "--limit", "2") == 1
+    assert "sighted-answers.jsonl answers another prompt to random/" in capsys.readouterr().err
     # Prismatic's candidates: this small tokenizer spells both, so that it is refused.
     assert verb("questions", "prismatic", *images, "--out", asked) == 0 and main([*generate[:-1], made + "2"]) == 1
     assert "Yes, No two begin with the same token" in capsys.readouterr().err

@@ -102,7 +102,8 @@ def generate_file(
     is LLaVA's `{"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}`. Where a record has `candidates`, short
     answers, the likeliest first token's is the text and `probabilities` holds all shares; where it has `options`, the one
     of least loss is the text and `losses` holds them all; sampling touches neither. Records whose id `out` already holds
-    are skipped. Raises `RequestError` for a bad record, or if `out` was written by another model or sampling.
+    are skipped. Raises `RequestError` for a bad record, or if `out` was written by another model or sampling, or answers
+    another prompt.
     """
     source, out = Path(source), Path(out)
     requests = read_requests(source, Path(images))
@@ -116,8 +117,14 @@ def generate_file(
                 f"{out} holds answers of another model or other sampling settings ({record.get('metadata')} instead of "
                 f"{metadata}). Name another output file, or delete this one."
             )
-    done = {str(record["question_id"]) for record in answered}
+    done = {str(record["question_id"]): record["prompt"] for record in answered}
     todo = [request for request in requests if str(request["id"]) not in done]
+    for request in requests:
+        if done.get(str(request["id"]), _prompt(request)) != _prompt(request):
+            raise RequestError(
+                f"{out} answers another prompt to {request['id']}: {done[str(request['id'])]!r}, now {_prompt(request)!r}. "
+                "Name another output file, or delete this one."
+            )
     log(f"{source}: {len(requests)} records, {len(requests) - len(todo)} already answered in {out}.")
     progress = Progress("generate", len(todo), log)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
@@ -140,11 +147,15 @@ def _answered(
         yield [(written[index], text, {}) for index, text in batch]
 
 
+def _prompt(request: dict) -> str:
+    return request["messages"][0]["content"].replace(IMAGE_MARK, "").strip()
+
+
 def _answer(request: dict, text: str, model_id: str, metadata: dict) -> dict:
     digest = hashlib.sha256(f"{metadata} {request['id']}".encode()).hexdigest()[:22]
     return {
         "question_id": request["id"],
-        "prompt": request["messages"][0]["content"].replace(IMAGE_MARK, "").strip(),
+        "prompt": _prompt(request),
         "text": text,
         "answer_id": digest,
         "model_id": model_id,
