@@ -98,6 +98,20 @@ def test_prompts(task, protocol, prompt):
     assert tasks.find(task, protocol)[1].prompt(questions(task, 1)[0]) == prompt
 
 
+def test_mmmus_options_with_apostrophes():
+    """They are Python; Cambrian's prompt takes them for less."""
+    q = {
+        "id": "test_Art_1",
+        "question": "?",
+        "question_type": "multiple-choice",
+        "options": """['red', "it's"]""",
+        "answer": "B",
+    }
+    (found,) = completed([q], tasks.TASKS["mmmu"].complete)
+    assert found["choices"] == ["red", "it's"] and found["subject"] == "Art"
+    assert tasks.find("mmmu", "cambrian")[1].prompt(found) == "? Options:\nA. red" + LETTER
+
+
 def test_prompts_with_hints():
     hinted = {**questions("mmbench", 1)[0], "hint": "It is red."}
     assert tasks.find("mmbench", "llava15")[1].prompt(hinted).startswith("It is red.\nwhat 0?\nA.")

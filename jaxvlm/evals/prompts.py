@@ -84,9 +84,13 @@ def true_false(record: Record) -> str:
 
 
 def mmmu(record: Record) -> str:
-    """Cambrian's, with the `<image 1>` marks removed."""
-    closed = record["question_type"] == "multiple-choice"
-    text = choices(head=" Options:")(record) if closed else short(record)
+    """Cambrian's, with the `<image 1>` marks removed; of `options` as text it shows what stands between single quotes."""
+    if record["question_type"] != "multiple-choice":
+        text = short(record)
+    else:
+        listed = record.get("options")
+        shown = re.findall(r"'(.*?)'", listed) if isinstance(listed, str) else record["choices"]
+        text = choices(head=" Options:")({**record, "choices": shown})
     return re.sub(r"<image \d+>", "", text).strip()
 
 

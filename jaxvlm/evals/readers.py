@@ -7,6 +7,7 @@ them in another form; it leaves alone what is there already. Images are never op
 
 from __future__ import annotations
 
+import ast
 import base64
 import contextlib
 import csv
@@ -52,7 +53,7 @@ def completed(records: Iterable[dict], complete: Complete) -> list[dict]:
         try:
             done = "group" in record and isinstance(record.get("id"), str)  # completed before
             made = record if done else complete(record)
-        except (KeyError, IndexError, ValueError, TypeError) as error:
+        except (KeyError, IndexError, ValueError, TypeError, SyntaxError) as error:
             raise EvalError(f"Reference {place} is not in the official form ({error!r}): {str(record)[:200]}") from None
         if not done:
             made["id"] = str(next((made[name] for name in ID_NAMES if name in made), place))
@@ -317,7 +318,7 @@ def mmstar_fields(q: dict) -> dict:
 def mmmu_fields(q: dict) -> dict:
     """`options` is a Python list as text; a question's id names its subject."""
     options = q.get("options", [])
-    options = re.findall(r"'(.*?)'", options) if isinstance(options, str) else options
+    options = ast.literal_eval(options) if isinstance(options, str) else options
     return {"subject": re.sub(r"^(validation|dev|test)_|_\d+$", "", q["id"]), "choices": options} | q
 
 
