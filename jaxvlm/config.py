@@ -382,13 +382,13 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation after training: a VQA file of question records (see `jaxvlm.evals.tasks`)."""
+    """Evaluation after training: a VQA file of question records (see `jaxvlm.evals.question_file`)."""
 
     task: str = ""  # '' = no evaluation
     path: str = ""
     images: str = ""
     limits: tuple[tuple[str, int], ...] = ()  # (question type, how many, drawn with the run's seed); () = all
-    blind: str = "noimage"  # '' = sighted only | noimage | shuffle
+    blind: str = "noimage"  # '' = sighted only | noimage | gray | shuffle
     batch_size: int = 32
     max_new_tokens: int = 16
     samples: int = 6  # shown at the end and in the report

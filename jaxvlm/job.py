@@ -32,7 +32,7 @@ from jaxvlm.config import (
 from jaxvlm.data.assets import resolve_assets
 from jaxvlm.data.loader import Loader
 from jaxvlm.data.mixture import mixture_table
-from jaxvlm.evals import report, runner, tasks
+from jaxvlm.evals import question_file, report, runner
 from jaxvlm.infer.engine import Engine
 from jaxvlm.models.lora import merge_all, without_lora
 from jaxvlm.models.vlm import abstract_params, logical_axes
@@ -325,7 +325,7 @@ def evaluate(engine: Engine, config: RunConfig, directory: Path) -> dict[str, An
         engine,
         config.eval,
         workdir=directory,
-        training=tasks.read_training_answers(sources) if sources else None,
+        training=question_file.read_training_answers(sources) if sources else None,
         seed=config.seed,
     )
 
