@@ -63,7 +63,6 @@ EXTRAS["test"] = [
     *EXTRAS["notebook"],
     *EXTRAS["data"],
     *EXTRAS["gcs"],
-    "gcp-storage-emulator>=2026.7",  # a bucket in memory, for --workdir gs://...
     "pytest>=8.3",
     "pytest-xdist>=3.6",  # two workers for two cores
     "hypothesis>=6.100",

@@ -35,6 +35,8 @@ from jaxvlm.data.assets import resolve_assets
 from jaxvlm.main import load_config
 from jaxvlm.parallel import processes
 from jaxvlm.parallel.mesh import make_mesh, require_rows_divide
+from jaxvlm.train.bucket import require_writable
+from jaxvlm.weights.saved import is_address, place
 
 MESSAGE_BYTES = 1000  # of a failure, as it travels to process 0
 MEGABYTES = 64  # that each device reduces, and that a checkpoint holds
@@ -231,7 +233,10 @@ def data(config: RunConfig) -> str:
 
 def checkpoint(workdir: str, limit: float) -> bool:
     """The work directory can be written, is one place for all processes, and takes a checkpoint. Nothing stays in it."""
-    directory = epath.Path(workdir if "://" in workdir else os.path.abspath(workdir))
+    fix = "Create it, or get the right to write there."
+    if is_address(workdir) and not report("bucket", lambda: f"{require_writable(workdir)} answers", limit, fix):
+        return False
+    directory = epath.Path(place(workdir))
     trial, is_new, first = directory / ".launch-check", not directory.exists(), jax.process_index() == 0
     token = gather(str(time.time_ns()))[0]
 
@@ -250,7 +255,7 @@ def checkpoint(workdir: str, limit: float) -> bool:
 
     try:
         return (
-            report("workdir", write, limit, "Create it, or get the right to write there.")
+            report("workdir", write, limit, fix)
             and report("shared", read, limit, "Give a --workdir on a file system that all share.")
             and report("checkpoint", lambda: round_trip(trial / "state", int(token)), limit, "Look at the storage.")
         )

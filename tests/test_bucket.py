@@ -1,4 +1,4 @@
-"""A work directory in a bucket: an emulator of Google Cloud Storage in this process, the real clients, real runs."""
+"""A work directory in a bucket: a Google Cloud Storage in this process's memory, the real clients, real runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from etils import epath
-from gcp_storage_emulator.server import create_server
+from fake_gcs import served
 from test_resume import ROOT, config_file, parameters, uninterrupted, wait_for_step  # noqa: F401 - two are fixtures
 
 from jaxvlm.config import ConfigError, RunConfig
@@ -28,16 +28,12 @@ from jaxvlm.weights.saved import CheckpointError, explain_full_disk
 @pytest.fixture(scope="module")
 def emulator():
     """A bucket 'runs', empty, that this process and those it starts see as gs://runs."""
-    server = create_server("localhost", 0, in_memory=True, default_bucket="runs")
-    server.start()
-    address = f"http://localhost:{server._api._httpd.socket.getsockname()[1]}"
-    with pytest.MonkeyPatch.context() as patch:
+    with served("runs") as address, pytest.MonkeyPatch.context() as patch:
         patch.setenv("STORAGE_EMULATOR_HOST", address)
         patch.setenv("TENSORSTORE_GCS_HTTP_URL", address)
         patch.setenv("NO_GCE_CHECK", "true")  # Google's clients would look for credentials of this machine, for minutes
         patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
         yield epath.Path("gs://runs")
-    server.stop()
 
 
 @pytest.fixture
@@ -54,7 +50,9 @@ def start(config: Path, workdir: str, cache: Path) -> subprocess.Popen:
 
 def test_a_run_killed_on_one_machine_goes_on_on_another(config_file, uninterrupted, emulator, tmp_path):  # noqa: F811
     """Two caches stand for two machines: only the bucket is common to them."""
-    first, second = start(config_file, "gs://runs/tiny", tmp_path / "one"), None
+    config = tmp_path / "config.py"
+    config.write_text(config_file.read_text().replace('\\"every_steps\\": 5', '\\"every_steps\\": 10'))
+    first = start(config, "gs://runs/tiny", tmp_path / "one")
     while first.poll() is None and not list((tmp_path / "one" / "workdirs").glob("*/metrics.jsonl")):
         time.sleep(0.1)
     wait_for_step(first, next((tmp_path / "one" / "workdirs").iterdir()), "instruct", 12)
@@ -63,7 +61,7 @@ def test_a_run_killed_on_one_machine_goes_on_on_another(config_file, uninterrupt
     assert first.returncode == -signal.SIGKILL, output
     assert "step 40 of 40" in describe_checkpoint("gs://runs/tiny/stages/0_align")
 
-    second = start(config_file, "gs://runs/tiny", tmp_path / "two")
+    second = start(config, "gs://runs/tiny", tmp_path / "two")
     output, _ = second.communicate(timeout=300)
     assert second.returncode == 0, output
     assert "resuming from step" in output and "Model saved to gs://runs/tiny/model" in output

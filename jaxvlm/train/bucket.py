@@ -40,14 +40,11 @@ def opened(workdir: str | Path) -> Iterator[tuple[Path, Path | epath.Path]]:
     if not is_address(workdir):
         yield Path(workdir), Path(workdir)
         return
-    require(str(workdir))
-    bucket = epath.Path(str(workdir))
+    bucket = require_writable(str(workdir))
     folder = cache_dir() / "workdirs" / hashlib.sha256(str(bucket).encode()).hexdigest()[:16]
     if jax.process_index() == 0:
         with explained(bucket):
             fetch(bucket, folder)
-            (bucket / ".probe").write_text("may this run write here?")
-            (bucket / ".probe").unlink()
     barrier(f"{bucket}: fetched", 600)
     folder.mkdir(parents=True, exist_ok=True)
     if jax.process_index():
@@ -71,6 +68,20 @@ def require(address: str) -> None:
     missing = [package for module, package in NEEDS.items() if not _installed(module)]
     if missing:
         raise ConfigError(f"{address} needs {' and '.join(missing)}. In the clone of jaxvlm: pip install -e '.[gcs]'")
+
+
+def require_writable(address: str) -> epath.Path:
+    """The place at `address`, where this process has written and deleted an object.
+
+    Raises what `require` raises, and `CheckpointError` when the bucket refuses.
+    """
+    require(address)
+    bucket = epath.Path(address)
+    with explained(bucket):
+        probe = bucket / f".probe-{jax.process_index()}"
+        probe.write_text("may this job write here?")
+        probe.unlink()
+    return bucket
 
 
 def _installed(module: str) -> bool:
