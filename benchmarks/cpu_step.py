@@ -224,7 +224,7 @@ def jax_step(model: ModelConfig, params: dict, trainable, settings: OptimizerCon
     optimizer = make_optimizer(settings, 100, moving)
     state = TrainState(jnp.int32(0), moving, frozen, optimizer.init(moving))
     with jax.set_mesh(mesh):
-        return state, jax.jit(make_step(VLM(model), optimizer, 1))
+        return state, jax.jit(make_step(VLM(model), optimizer, 1), donate_argnums=0)  # as train.loop does
 
 
 def time_generation(config, params, llm, rounds: int) -> dict:
