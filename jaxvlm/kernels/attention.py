@@ -45,8 +45,8 @@ def attention(
 
     Grouped queries are native: query head n reads key head `n // (H // K)`. The softmax is float32. A query with an
     empty interval gives zeros and receives and passes on zero gradients; a key that no query sees may hold anything,
-    NaN included. The output carries the checkpoint name 'attention_out' for rematerialisation policies, a kernel's
-    log-sum-exp 'attention_lse': a policy that keeps both never runs a forward kernel again.
+    NaN included. For rematerialisation policies the output carries the checkpoint name 'attention_out' and the scores'
+    log-sum-exp 'attention_lse': with both kept nothing of the forward pass is computed again, but the scores in blocks.
 
     Args:
         q: [B, S, H, h].
@@ -65,8 +65,7 @@ def attention(
     _check_shapes(q, k, v, k_start, k_end)
     k_start, k_end = jnp.maximum(k_start, 0), jnp.minimum(k_end, k.shape[1])
     chosen = _choose(_backend(), jax.typeof(q), jax.typeof(k), implementation)
-    out = chosen.run(q, k, v, k_start, k_end, q.shape[-1] ** -0.5 if scale is None else scale, softcap)
-    return checkpoint_name(out, "attention_out")
+    return chosen.run(q, k, v, k_start, k_end, q.shape[-1] ** -0.5 if scale is None else scale, softcap)
 
 
 def _backend() -> str:
@@ -130,7 +129,7 @@ def _softmax_product(q, k, v, k_start, k_end, scale, softcap):
 
 
 def _forward(q, k, v, k_start, k_end, scale, softcap):
-    """The result, named for policies, and what the backward pass needs: it computes the weights again (Dao 2022, §3.1)."""
+    """The result and what the backward pass needs, which computes the weights again (Dao et al. 2022, algorithm 4)."""
 
     def block(_, given):
         q, k_start, k_end = given
@@ -139,7 +138,8 @@ def _forward(q, k, v, k_start, k_end, scale, softcap):
         weights = jnp.where(visible, jnp.exp(jnp.minimum(scores - highest, 0.0)), 0.0)
         total = jnp.sum(weights, axis=-1, keepdims=True)
         total = jnp.where(total == 0.0, 1.0, total)
-        out = jnp.einsum("bkgst,btkh->bskgh", (weights / total).astype(v.dtype), v).astype(q.dtype)
+        out = jnp.einsum("bkgst,btkh->bkgsh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        out = (out / total).astype(q.dtype).transpose(0, 3, 1, 2, 4)
         return None, (out, (highest + jnp.log(total))[..., 0].transpose(0, 3, 1, 2))  # [B, S, K, G]
 
     _, found = _over_blocks(block, None, (q, k_start, k_end), k.shape[1])
@@ -161,13 +161,15 @@ def _backward(scale, softcap, saved, d_out):
         if softcap is not None:
             d_scores *= 1.0 - jnp.square(scores / softcap)
         d_scores, weights = d_scores.astype(k.dtype), weights.astype(v.dtype)
-        d_k = jnp.einsum("bkgst,bskgh->btkh", d_scores, q, preferred_element_type=jnp.float32)
-        d_v = jnp.einsum("bkgst,bskgh->btkh", weights, d_out, preferred_element_type=jnp.float32)
+        # Keys last: what is transposed for the product is then q and d_out, and not the larger scores.
+        d_k = jnp.einsum("bskgh,bkgst->bkht", q, d_scores, preferred_element_type=jnp.float32)
+        d_v = jnp.einsum("bskgh,bkgst->bkht", d_out, weights, preferred_element_type=jnp.float32)
         return (sums[0] + d_k, sums[1] + d_v), jnp.einsum("bkgst,btkh->bskgh", d_scores, k).astype(q.dtype)
 
-    sums = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    (d_k, d_v), d_q = _over_blocks(block, sums, (q, k_start, k_end, d_out, lse, delta), k.shape[1])
-    return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), None, None
+    zeros = jnp.zeros_like(k, jnp.float32).transpose(0, 2, 3, 1)
+    sums, d_q = _over_blocks(block, (zeros, zeros), (q, k_start, k_end, d_out, lse, delta), k.shape[1])
+    d_k, d_v = (x.transpose(0, 3, 1, 2).astype(k.dtype) for x in sums)
+    return d_q, d_k, d_v, None, None
 
 
 _softmax_product.defvjp(_forward, _backward)
