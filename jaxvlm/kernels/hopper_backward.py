@@ -99,6 +99,10 @@ def query_gradients(q, k, v, d_out, lse, delta, k_start, k_end, settings: Settin
     batch, _, heads, head_dim = q.shape
     block_k = 128 if head_dim <= 128 else 32
     ranges = [of(k_start, k_end, TILE, block_k) for of in (key_ranges, whole_key_ranges)]
+
+    def of(rows: int, count: int):
+        return matrix(rows, head_dim, q.dtype, count, block=min(block_k, ROWS))
+
     run = kernel(
         functools.partial(_query_kernel, settings=settings),
         settings,
@@ -107,10 +111,8 @@ def query_gradients(q, k, v, d_out, lse, delta, k_start, k_end, settings: Settin
         grid=(heads, k_start.shape[1] // TILE, batch),
         grid_names=("heads", "tiles", "batch"),
         scratch_types=dict(
-            q_s=matrix(ROWS, head_dim, q.dtype, 2),
-            d_out_s=matrix(ROWS, head_dim, q.dtype, 2),
-            k_s=matrix(block_k, head_dim, q.dtype, STAGES),
-            v_s=matrix(block_k, head_dim, q.dtype, STAGES),
+            **{name: of(ROWS, 2) for name in ("q_s", "d_out_s")},
+            **{name: of(block_k, STAGES) for name in ("k_s", "v_s")},
             d_scores_s=through(block_k, q.dtype, settings),
             q_here=plgpu.Barrier(num_barriers=2, num_arrivals=2),
             k_here=plgpu.Barrier(num_barriers=STAGES),
@@ -213,6 +215,10 @@ def key_gradients(
     block_q = 128 if head_dim <= 64 else 64 if head_dim <= 128 else 32
     tiles = pl.cdiv(keys, TILE)
     ranges = query_ranges(k_start, k_end, block_q, TILE, tiles)
+
+    def of(rows: int, count: int):
+        return matrix(rows, head_dim, q.dtype, count, block=min(block_q, ROWS))
+
     of_queries = {name: plgpu.SMEM((STAGES, block_q), jnp.float32) for name in ("lse_s", "delta_s")}
     of_queries |= {name: plgpu.SMEM((STAGES, block_q), jnp.int32) for name in ("start_s", "end_s")}
     run = kernel(
@@ -223,10 +229,8 @@ def key_gradients(
         grid=(kv_heads, tiles, batch),
         grid_names=("kv_heads", "tiles", "batch"),
         scratch_types=dict(
-            k_s=matrix(ROWS, head_dim, q.dtype, 2),
-            v_s=matrix(ROWS, head_dim, q.dtype, 2),
-            q_s=matrix(block_q, head_dim, q.dtype, STAGES),
-            d_out_s=matrix(block_q, head_dim, q.dtype, STAGES),
+            **{name: of(ROWS, 2) for name in ("k_s", "v_s")},
+            **{name: of(block_q, STAGES) for name in ("q_s", "d_out_s")},
             **of_queries,
             through_s=through(block_q, q.dtype, settings),
             kv_here=plgpu.Barrier(num_barriers=2, num_arrivals=2),

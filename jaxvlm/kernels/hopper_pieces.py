@@ -42,10 +42,15 @@ def kernel(body, settings: Settings, **options):
 # ------------------------------------------------------------------------------------------------ memory and registers
 
 
-def matrix(rows: int, columns: int, dtype, *leading: int) -> plgpu.SMEM:
-    """Shared memory [*leading, rows, columns] in the form that TMA writes and wgmma reads."""
-    swizzle = plgpu.find_swizzle(columns * jnp.dtype(dtype).itemsize * 8)
-    tiling = plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize))
+def matrix(rows: int, columns: int, dtype, *leading: int, block: int = ROWS) -> plgpu.SMEM:
+    """Shared memory [*leading, rows, columns] in the form that TMA writes and wgmma reads.
+
+    All matrices of a product have the same swizzle, and of its right side it takes so many rows at a time; so `block` is the
+    smallest number of rows in a kernel.
+    """
+    size = jnp.dtype(dtype).itemsize
+    swizzle = min(plgpu.find_swizzle(columns * size * 8), block * size)
+    tiling = plgpu.TilingTransform((8, swizzle // size))
     return plgpu.SMEM((*leading, rows, columns), dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
 
 
