@@ -61,7 +61,9 @@ def packed(seed: int, length: int, keys: int, kind: str) -> tuple[jax.Array, jax
         start, size = rng.integers(0, keys, (2, length)), rng.integers(-20, keys, (2, length))
         return jnp.asarray(start, jnp.int32), jnp.asarray(np.minimum(start + size, keys), jnp.int32)
     cuts = np.sort(rng.integers(0, length, (2, 6)), axis=1)
-    ids = jnp.asarray((np.arange(length)[None, :, None] >= cuts[:, None, :]).sum(-1) % 6)
+    if kind == "long":  # most of a row is one segment: blocks before, within and after what is seen whole
+        cuts = np.array([[12, length - 8] + [length] * 4] * 2)
+    ids = jnp.asarray((1 + (np.arange(length)[None, :, None] >= cuts[:, None, :]).sum(-1)) % (3 if kind == "long" else 6))
     start, end = (intervals.bidirectional if kind == "bidirectional" else intervals.causal)(ids)
     if kind == "image":  # 40 tokens that see each other, in whatever segment they begin
         block = (jnp.arange(length) >= 30) & (jnp.arange(length) < 70) & (ids == ids[:, 30:31]) & (ids > 0)
@@ -116,9 +118,22 @@ def test_values_and_gradients_equal_the_reference(interpreted):
     _values_and_gradients()
 
 
-@pytest.mark.parametrize("shape", [(140, 260, 1, 3, 128, None), (70, 70, 1, 1, 256, None)], ids=str)
-def test_wide_heads(shape, interpreted):
-    compare(shape, drawn(1, shape), packed(1, *shape[:2], "causal"))
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    [((420, 420, 1, 2, 128, None), "long"), ((140, 260, 1, 3, 96, None), "any"), ((200, 200, 1, 1, 256, None), "causal")],
+    ids=str,
+)
+def test_more_blocks_than_the_ring_holds_and_wide_heads(shape, kind, interpreted):
+    compare(shape, drawn(1, shape), packed(1, *shape[:2], kind))
+
+
+def test_blocks_that_need_no_mask():
+    """A segment from 12 to 412 of 420, causal: for the third of four tiles of 128 the second of its three blocks."""
+    start, end = (jnp.pad(x[:1], ((0, 0), (0, 92)), mode="edge") for x in packed(0, 420, 420, "long"))
+    np.testing.assert_array_equal(block_ranges.key_ranges(start, end, 128, 128).count, [[1, 2, 3, 4]])
+    whole = block_ranges.whole_key_ranges(start, end, 128, 128)
+    np.testing.assert_array_equal(whole.count, [[0, 0, 1, 0]])
+    np.testing.assert_array_equal(whole.first, [[0, 0, 1, 0]])
 
 
 def test_the_gradients_are_the_same_every_time(interpreted):
