@@ -6,7 +6,10 @@ The first implementation of the backend's list that supports the call serves it;
 
 import logging
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -28,6 +31,11 @@ class Implementation(NamedTuple):
     name: str
     supports: Callable[[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct], str | None]
     run: Callable[..., jax.Array]  # (q, k, v, k_start, k_end, scale, softcap) -> out
+    only_by_name: str | None = None  # why it is not taken unless it is asked for (a clause)
+
+
+# The name of the implementation to take before the others, where it serves the call: see `preferring`.
+_preferred: ContextVar[str | None] = ContextVar("preferred attention", default=None)
 
 
 def attention(
@@ -68,6 +76,25 @@ def attention(
     return chosen.run(q, k, v, k_start, k_end, q.shape[-1] ** -0.5 if scale is None else scale, softcap)
 
 
+@contextmanager
+def preferring(name: str) -> Iterator[None]:
+    """While this is open, calls that do not force one take this implementation where it is there and supports them.
+
+    '' prefers none. Where it is not taken, the log says why.
+
+    Raises:
+        ValueError: no backend has an implementation of that name.
+    """
+    known = sorted({each.name for backend in IMPLEMENTATIONS.values() for each in backend})
+    if name and name not in known:
+        raise ValueError(f"model.attention: no implementation '{name}'; there are: {', '.join(known)}.")
+    token = _preferred.set(name or None)
+    try:
+        yield
+    finally:
+        _preferred.reset(token)
+
+
 def _backend() -> str:
     """What the mesh of `jax.set_mesh` is made of, which for the planner is not what this machine has."""
     device = jax.sharding.get_abstract_mesh().abstract_device
@@ -89,15 +116,16 @@ def _check_shapes(q, k, v, k_start, k_end):
 
 
 def _choose(backend: str, q, k, forced: str | None) -> Implementation:
-    candidates = IMPLEMENTATIONS.get(backend, IMPLEMENTATIONS["cpu"])
-    if forced is not None:
-        candidates = tuple(each for each in candidates if each.name == forced)
-        if not candidates:
-            known = ", ".join(each.name for each in IMPLEMENTATIONS.get(backend, IMPLEMENTATIONS["cpu"]))
-            raise ValueError(f"attention: no implementation '{forced}' for {backend}; it has: {known}.")
-    reasons = []
-    for each in candidates:
-        reason = each.supports(q, k)
+    backend_has = IMPLEMENTATIONS.get(backend, IMPLEMENTATIONS["cpu"])
+    names = [each.name for each in backend_has]
+    if forced is not None and forced not in names:
+        raise ValueError(f"attention: no implementation '{forced}' for {backend}; it has: {', '.join(names)}.")
+    wanted = forced or _preferred.get()
+    reasons = [] if wanted is None or wanted in names else [f"{wanted}: not for {backend}"]
+    for each in sorted(backend_has, key=lambda each: each.name != wanted):
+        if forced not in (None, each.name):
+            continue
+        reason = each.supports(q, k) or (each.only_by_name if each.name != wanted else None)
         if reason is None:
             _log_choice(backend, each.name, tuple(reasons))
             return each
@@ -209,8 +237,42 @@ def _num_blocks(length: int, keys: int) -> int:
     return min(length, math.ceil(2 * length * keys / DENSE_PAIRS))
 
 
+# ---------------------------------------------------------------------------------------------------------- GPU kernels
+
+
+def _hopper_supports(q, k) -> str | None:
+    if jax.__version_info__ < (0, 11, 2):
+        return f"needs jax 0.11.2, which needs Python 3.12; this is {jax.__version__}"
+    kind = _device_kind()
+    if not re.search(r"\bG?H\d{2,3}\b", kind):
+        return f"written for Hopper GPUs, not {kind}"
+    if {q.dtype, k.dtype} != {jnp.dtype(jnp.bfloat16)}:
+        return f"no kernel for {q.dtype}"
+    if q.shape[3] > 256:
+        return f"head dimension {q.shape[3]} is above 256"
+    return None
+
+
+def _hopper(*arguments) -> jax.Array:
+    from jaxvlm.kernels import hopper_attention  # takes a second to import and needs a new jax
+
+    return hopper_attention.attention(*arguments)
+
+
+def _device_kind() -> str:
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (jax.devices()[0] if device is None else device).device_kind
+
+
 XLA = Implementation("xla", lambda q, k: None, _xla)
 PALLAS_TPU = Implementation("pallas_tpu", tpu_attention.supports, tpu_attention.attention)
+PALLAS_HOPPER = Implementation(
+    "pallas_hopper", _hopper_supports, _hopper, only_by_name="taken only by name until it has been run on a GPU"
+)
 
 # In order of preference. A kernel joins by a line in its backend's list.
-IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {"cpu": (XLA,), "gpu": (XLA,), "tpu": (PALLAS_TPU, XLA)}
+IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
+    "cpu": (XLA,),
+    "gpu": (PALLAS_HOPPER, XLA),
+    "tpu": (PALLAS_TPU, XLA),
+}
