@@ -4,7 +4,8 @@
 #   VENV=.venv           where the environment goes
 #   EXTRAS=cuda13,serve  optional parts to install as well (setup.py lists them)
 #   WORKERS=2            test processes
-#   ARGS='-k packing'    more arguments for pytest, the trainer or the benchmark
+#   KERNEL_PYTHON=...    Python 3.12 or newer for the tests of the GPU kernels (default: found on PATH or in ~/.pyenv)
+#   ARGS='-k packing'    more arguments for pytest, the trainer or the benchmark; `make test` then leaves out the GPU kernels
 
 VENV ?= .venv
 WORKERS ?= 2
@@ -12,6 +13,12 @@ EXTRAS ?=
 ARGS ?=
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; exit; }; done; echo python3)
+
+# The GPU kernels need jax 0.11.2, which needs Python 3.12: they are tested in an environment of their own.
+KERNEL_PYTHON ?= $(shell for p in python3.12 python3.13 python3 $(HOME)/.pyenv/versions/3.1[23]*/bin/python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 12) <= sys.version_info < (3, 14))' >/dev/null 2>&1 && { echo $$p; exit; }; done)
+KERNELS := $(VENV)-kernels
+NEED_KERNELS ?=
 
 BIN := $(VENV)/bin
 # A stamp says that an installation is done. It is older than setup.py when dependencies have changed.
@@ -24,7 +31,7 @@ unexport PYTHONDONTWRITEBYTECODE
 unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow test-faults test-plan test-gpu lint format bench models plans notebook clean
+.PHONY: help setup quickstart test test-kernels test-slow test-faults test-plan test-gpu lint format bench models plans notebook clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -38,8 +45,14 @@ setup: $(BASE) ## make .venv and install jaxvlm in it (1 minute; 1 GB of disk)
 quickstart: $(BASE) ## set up, then train a small VLM, evaluate it and write a report (about 15 minutes)
 	$(BIN)/python -m jaxvlm.main --config configs/quickstart.py --workdir runs/quickstart $(ARGS)
 
-test: $(TEST) ## set up with the test tools, then run the tests (under 25 minutes)
+test: $(TEST) ## set up with the test tools, then run the tests, those of the GPU kernels too (under 25 minutes)
 	$(call PYTEST,-n $(WORKERS) --dist loadfile tests)
+	$(if $(ARGS),,@$(MAKE) --no-print-directory test-kernels)
+
+test-kernels: ## the GPU kernels in the interpreter and compiled for a GPU, no GPU needed (Python 3.12 and 1 GB more; 3 minutes)
+	@if [ -n "$(KERNEL_PYTHON)" ]; then $(MAKE) --no-print-directory $(KERNELS)/.tested ARGS='$(ARGS)'; \
+	else echo 'Not tested: the GPU kernels. That takes Python 3.12 or 3.13, of which there is none on PATH or in ~/.pyenv/versions;'; \
+		echo 'KERNEL_PYTHON=/path/to/python3.12 names one.'; [ -z "$(NEED_KERNELS)" ]; fi
 
 test-slow: $(TEST) ## tests that take minutes each or need the downloaded assets (up to an hour)
 	$(call PYTEST,-m slow tests)
@@ -84,7 +97,7 @@ notebook: $(TEST) ## make colab/*.ipynb from the .py beside it (seconds)
 	$(BIN)/jupytext --update --to ipynb colab/quickstart.py
 
 clean: ## remove the environment and what tools left behind; runs/ and downloads stay
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(KERNELS) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ------------------------------------------------------------------------------------------------------- environments
@@ -113,6 +126,18 @@ $(VENV)/.installed-test,plan-tpu,plan-gpu: setup.py pyproject.toml | $(BIN)/pyth
 	$(call INSTALL,.[test$(COMMA)plan-tpu$(COMMA)plan-gpu],compilers for TPU and GPU included: 3 minutes and 3.5 GB of disk)
 
 COMMA := ,
+
+$(KERNELS)/.installed: setup.py
+	@echo "Making an environment for the GPU kernels in $(KERNELS) with $$($(KERNEL_PYTHON) --version): half a minute and 1 GB."
+	@$(KERNEL_PYTHON) -m venv --clear $(KERNELS)
+	@$(KERNELS)/bin/python -m pip install --disable-pip-version-check --no-input -q \
+		'jax>=0.11.2,<0.13' 'jax-cuda13-plugin>=0.11.2,<0.13' absl-py 'pytest>=8.3' 'pytest-xdist>=3.6' 'hypothesis>=6.100'
+	@touch $@
+
+.PHONY: $(KERNELS)/.tested
+$(KERNELS)/.tested: $(KERNELS)/.installed
+	@echo "Running the tests of the GPU kernels with $$($(KERNELS)/bin/python --version)"
+	@$(KERNELS)/bin/python -m pytest -m mosaic_gpu -n $(WORKERS) tests/test_*_attention.py $(ARGS)
 
 # Installs $(1) with pip, whose output goes to a log; every ten seconds the log's last line shows where it stands.
 # Ends by importing everything once, which shows that the installation works and writes the bytecode.

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxvlm.kernels import intervals, tpu_attention
+from jaxvlm.kernels import block_ranges, intervals, tpu_attention
 from jaxvlm.kernels.attention import attention
 
 # queries, keys, key heads, queries' heads for each, head dimension, soft cap: ragged, several blocks on either side.
@@ -110,9 +110,8 @@ def test_no_races():
 def test_only_blocks_with_something_to_see_are_visited():
     """Four segments of a block each: one step for every block, in both directions."""
     ids = jnp.repeat(jnp.arange(1, 5), 128)[None]
-    sizes = tpu_attention.Settings(1.0, None, 128, 128)
-    span = [x[:, None] for x in intervals.causal(ids)]
-    for ranges in (tpu_attention.key_ranges(*span, sizes), tpu_attention.query_ranges(*span, sizes, 4)):
+    span = intervals.causal(ids)
+    for ranges in (block_ranges.key_ranges(*span, 128, 128), block_ranges.query_ranges(*span, 128, 128, 4)):
         np.testing.assert_array_equal(ranges.first, [[0, 1, 2, 3]])
         np.testing.assert_array_equal(ranges.count, [[1, 1, 1, 1]])
 

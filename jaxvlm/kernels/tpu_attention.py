@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxvlm.kernels import intervals
+from jaxvlm.kernels.block_ranges import key_ranges, query_ranges
 
 LANES = 128
 BLOCK = 512  # queries and keys of a block, where there are more
@@ -73,40 +74,7 @@ def _heads_first(x: jax.Array, block: int) -> jax.Array:
     return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, -x.shape[1] % block), (0, 0)))
 
 
-# ------------------------------------------------------------------------------------------------------------- ranges
-
-
-class Ranges(NamedTuple):
-    """Of each block the blocks of the other side that it has to visit: from `first`, `count` of them; int32 [B, blocks]."""
-
-    first: jax.Array
-    count: jax.Array
-
-
-def key_ranges(k_start: jax.Array, k_end: jax.Array, settings: Settings) -> Ranges:
-    """For each block of queries, from the intervals [B, 1, S]."""
-    start, end = _bounds(k_start, k_end, settings.block_q)
-    first = start // settings.block_k
-    return Ranges(first, jnp.where(start < end, pl.cdiv(end, settings.block_k) - first, 0))
-
-
-def query_ranges(k_start: jax.Array, k_end: jax.Array, settings: Settings, key_blocks: int) -> Ranges:
-    """For each block of keys: from the first to the last block of queries that touches it."""
-    start, end = (x[:, None] for x in _bounds(k_start, k_end, settings.block_q))  # [B, 1, query blocks]
-    edge = jnp.arange(key_blocks, dtype=jnp.int32)[:, None] * settings.block_k  # [key blocks, 1]
-    touches = (start < edge + settings.block_k) & (end > edge)  # [B, key blocks, query blocks]
-    first = jnp.argmax(touches, axis=2).astype(jnp.int32)
-    last = touches.shape[2] - 1 - jnp.argmax(touches[..., ::-1], axis=2).astype(jnp.int32)
-    return Ranges(first, jnp.where(touches.any(axis=2), last + 1 - first, 0))
-
-
-def _bounds(k_start: jax.Array, k_end: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
-    """The hull of the intervals of each block of queries, [B, query blocks]; (0, 0) where all are empty."""
-    some = k_start < k_end
-    parts = (k_start.shape[0], -1, block)
-    start = jnp.where(some, k_start, jnp.iinfo(jnp.int32).max).reshape(parts).min(axis=2)
-    end = jnp.where(some, k_end, 0).reshape(parts).max(axis=2)
-    return jnp.where(end > 0, start, 0), end
+# ------------------------------------------------------------------------------------------------------------ scores
 
 
 def _visible(k_start, k_end, key_block, settings: Settings) -> jax.Array:
@@ -167,7 +135,7 @@ def _forward_kernel(first, count, q, k, v, k_start, k_end, out, lse, highest, to
 def _forward(q, k, v, k_start, k_end, settings: Settings) -> tuple[jax.Array, jax.Array]:
     """out [B, H, S, h], and the scores' log2-sum-exp2 [B, H, 1, S]."""
     batch, heads, length, head_dim = q.shape
-    ranges = key_ranges(k_start, k_end, settings)
+    ranges = key_ranges(k_start[:, 0], k_end[:, 0], settings.block_q, settings.block_k)
     group = heads // k.shape[1]
     of_queries = pl.BlockSpec((None, None, settings.block_q, head_dim), lambda b, h, i, step, *_: (b, h, i, 0))
     of_row = pl.BlockSpec((None, 1, settings.block_q), lambda b, h, i, step, *_: (b, 0, i))
@@ -244,7 +212,7 @@ def _backward(q, k, v, d_out, lse, delta, k_start, k_end, settings: Settings) ->
     batch, heads, length, head_dim = q.shape
     keys, group = k.shape[2], heads // k.shape[1]
     key_blocks = keys // settings.block_k
-    ranges = query_ranges(k_start, k_end, settings, key_blocks)
+    ranges = query_ranges(k_start[:, 0], k_end[:, 0], settings.block_q, settings.block_k, key_blocks)
 
     def block(b, j, step, first, count):
         return first[b, j] + jnp.maximum(jnp.minimum(step, count[b, j] - 1), 0)

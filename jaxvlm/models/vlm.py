@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jaxvlm.config import ModelConfig
 from jaxvlm.kernels import intervals
+from jaxvlm.kernels.attention import preferring
 from jaxvlm.kernels.cross_entropy import Split
 from jaxvlm.models.connectors import connector
 from jaxvlm.models.layers import constrain
@@ -71,7 +72,8 @@ class VLM(nn.Module):
         )
         k_start, k_end = (constrain(x, ("batch", "length")) for x in (k_start, k_end))
         after = self._in_llm(visual_index, visual)
-        hidden, cache = self.llm(x, positions, k_start, k_end, cache, after)
+        with preferring(self.config.attention):
+            hidden, cache = self.llm(x, positions, k_start, k_end, cache, after)
         return hidden if cache is None else (hidden, cache)
 
     def encode(self, *pixels: jax.Array) -> jax.Array | tuple[jax.Array, ...]:
@@ -81,7 +83,8 @@ class VLM(nn.Module):
         connector that takes each tower by itself (SVA) gets a tuple of them.
         """
         c = self.config
-        features = look(self.vision, c.vision, pixels)
+        with preferring(c.attention):
+            features = look(self.vision, c.vision, pixels)
         return features if c.connector.kind == "sva" else join(features, c.vision)
 
     def project(
@@ -98,7 +101,8 @@ class VLM(nn.Module):
         channels that these read.
         """
         also = {"qformer": (qformer_tokens, qformer_mask), "sva": (tile_regions,)}
-        visual = self.connector(features, *also.get(self.config.connector.kind, ()))  # [B, T, P, D]
+        with preferring(self.config.attention):
+            visual = self.connector(features, *also.get(self.config.connector.kind, ()))  # [B, T, P, D]
         return visual.reshape(len(visual), -1, visual.shape[-1])
 
     def embed(
@@ -149,7 +153,8 @@ class VLM(nn.Module):
         so a left-padded prompt starts at 0 in its first real slot.
         """
         x, after = self.embed(tokens, visual_index, visual, blend), self._in_llm(visual_index, visual)
-        return self.llm(x, positions, k_start, k_end, cache, after)
+        with preferring(self.config.attention):
+            return self.llm(x, positions, k_start, k_end, cache, after)
 
     def _in_llm(self, visual_index, visual):
         """What an SVA does inside the decoder, or None."""

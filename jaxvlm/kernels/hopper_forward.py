@@ -1,0 +1,151 @@
+"""Forward pass of attention on Hopper: see `hopper_attention`."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxvlm.kernels.block_ranges import key_ranges, whole_key_ranges
+from jaxvlm.kernels.hopper_pieces import (
+    LOG2E,
+    LOWEST,
+    ROWS,
+    STAGES,
+    TILE,
+    Settings,
+    add_product,
+    along,
+    bend,
+    block_of,
+    fetch_keys,
+    full,
+    kernel,
+    matrix,
+    products,
+    slot_of,
+    through,
+    vector,
+    visible,
+)
+
+
+def _forward_kernel(
+    q, k, v, k_start, k_end, ranges, out, lse, *, q_s, k_s, v_s, lse_s, weights_s, q_here, k_here, v_here, k_read, v_read, turn,
+    settings: Settings,
+):  # fmt: skip
+    b, h, i = (jax.lax.axis_index(name) for name in ("batch", "heads", "tiles"))
+    warpgroup = jax.lax.axis_index("warpgroups")
+    block_k, head_dim = k_s.shape[1:]
+    first, count, whole_first, whole_count = (ranges[b, i, n] for n in range(4))
+    block = functools.partial(block_of, first=first, whole_first=whole_first, whole_count=whole_count)
+
+    def take_turn():
+        plgpu.barrier_arrive(turn)
+        plgpu.barrier_wait(turn)
+
+    @pl.when(warpgroup < 2)
+    def _answer():
+        plgpu.set_max_registers(240, action="increase")
+        queries = pl.ds(i * TILE + warpgroup * ROWS, ROWS)
+        mine = q_s.at[warpgroup]
+        plgpu.copy_gmem_to_smem(q.at[b, queries, h], mine, q_here.at[warpgroup])
+        start, end = (vector(x.at[b, queries], axis=0) for x in (k_start, k_end))
+        shape = (ROWS, block_k)
+
+        def visit(step, carry, whole: bool):
+            sums, highest, total = carry
+            slot = slot_of(step)
+            (scores,) = products((mine, k_s.at[slot].T), shape=shape, meanwhile=take_turn)
+            plgpu.barrier_arrive(k_read.at[slot])
+            scores, to_log2 = bend(scores, settings)
+            if not whole:
+                scores = jnp.where(visible(start, end, block(step) * block_k, shape, key_axis=1), scores, LOWEST)
+            new = jnp.maximum(highest, scores.max(axis=1) * to_log2)
+            shrink = jnp.exp2(highest - new)
+            # Before a query has seen a key, these are ones; the first key that it sees shrinks them to nothing.
+            weights = jnp.exp2(scores * to_log2 - along(0, new, shape))
+            sums *= along(0, shrink, sums.shape)
+            total *= shrink
+            rounded = weights.astype(v_s.dtype)
+            if head_dim <= 128:  # jax's example has found that this order matters
+                total += weights.sum(axis=1)
+                sums, total, new, rounded = jax.lax.optimization_barrier((sums, total, new, rounded))
+            plgpu.barrier_arrive(turn)  # the softmax is done
+            plgpu.barrier_wait(v_here.at[slot])
+            plgpu.barrier_wait(turn)  # the tensor cores are free
+            if head_dim > 128:
+                total += weights.sum(axis=1)
+
+            def await_next():
+                @pl.when(step + 1 < count)
+                def _():
+                    plgpu.barrier_wait(k_here.at[slot_of(step + 1)])
+
+            memory = None if weights_s is None else weights_s.at[warpgroup]
+            sums = add_product(sums, rounded, v_s.at[slot], memory, await_next)
+            plgpu.barrier_arrive(v_read.at[slot])
+            return sums, new, total
+
+        plgpu.barrier_wait(q_here.at[warpgroup])
+
+        @pl.when(count > 0)
+        def _():
+            plgpu.barrier_wait(k_here.at[0])
+
+        pl.when(warpgroup == 1)(take_turn)
+        carry = full((ROWS, head_dim), 0.0), full((ROWS,), LOWEST), full((ROWS,), 0.0)
+        carry = jax.lax.fori_loop(0, whole_count, functools.partial(visit, whole=True), carry)
+        sums, highest, total = jax.lax.fori_loop(whole_count, count, functools.partial(visit, whole=False), carry)
+        pl.when(warpgroup == 0)(take_turn)
+
+        some = start < end
+        total = jnp.where(some, total, 1.0)
+        mine[...] = (sums * along(0, jnp.where(some, 1.0 / total, 0.0), sums.shape)).astype(out.dtype)
+        lse_s[warpgroup] = jnp.where(some, highest + jnp.log(total) * LOG2E, 0.0)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(mine, out.at[b, queries, h])
+        plgpu.copy_smem_to_gmem(lse_s.at[warpgroup], lse.at[b, h, queries])
+        plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(warpgroup == 2)
+    def _fetch():
+        plgpu.set_max_registers(24, action="decrease")
+        kv_head = jax.lax.div(h, jnp.int32(q.shape[2] // k.shape[2]))
+        fetch_keys(k, v, k_s, v_s, k_here, v_here, k_read, v_read, count, block, b, kv_head)
+
+
+def forward(q, k, v, k_start, k_end, settings: Settings) -> tuple[jax.Array, jax.Array]:
+    """out [B, S, H, h], and the scores' log2-sum-exp2 [B, H, S'] of the padded length."""
+    batch, _, heads, head_dim = q.shape
+    padded = k_start.shape[1]
+    block_k = 128 if head_dim <= 128 else 64
+    ranges = [of(k_start, k_end, TILE, block_k) for of in (key_ranges, whole_key_ranges)]
+    run = kernel(
+        functools.partial(_forward_kernel, settings=settings),
+        settings,
+        kernel_name="interval_attention",
+        out_type=(
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((batch, heads, padded), jnp.float32),
+        ),
+        grid=(heads, padded // TILE, batch),
+        grid_names=("heads", "tiles", "batch"),
+        scratch_types=dict(
+            q_s=matrix(ROWS, head_dim, q.dtype, 2),
+            k_s=matrix(block_k, head_dim, q.dtype, STAGES),
+            v_s=matrix(block_k, head_dim, q.dtype, STAGES),
+            lse_s=plgpu.SMEM((2, ROWS), jnp.float32),
+            weights_s=through(block_k, q.dtype, settings),
+            q_here=plgpu.Barrier(num_barriers=2),
+            k_here=plgpu.Barrier(num_barriers=STAGES),
+            v_here=plgpu.Barrier(num_barriers=STAGES),
+            k_read=plgpu.Barrier(num_barriers=STAGES, num_arrivals=2),
+            v_read=plgpu.Barrier(num_barriers=STAGES, num_arrivals=2),
+            turn=plgpu.Barrier(num_arrivals=2),
+        ),
+    )
+    return run(q, k, v, k_start, k_end, jnp.stack([*ranges[0], *ranges[1]], axis=-1))
