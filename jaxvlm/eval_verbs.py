@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import difflib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,9 @@ from jaxvlm.config import ConfigError
 from jaxvlm.evals import answers, judges, readers, submissions, tasks
 from jaxvlm.evals.asking import draw, write_questions
 from jaxvlm.evals.blind import BLIND_MODES
+from jaxvlm.evals.compare import RESAMPLES, z_scores
+from jaxvlm.evals.compare import compare as compare_runs
+from jaxvlm.evals.compare import intervals as intervals_of
 from jaxvlm.evals.scoring import score as score_answers
 
 USAGE = """jaxvlm eval: evaluate a run, and score answers that any program wrote.
@@ -23,6 +27,7 @@ USAGE = """jaxvlm eval: evaluate a run, and score answers that any program wrote
   jaxvlm eval questions --task T --protocol P --references R --images DIR --out Q    what a model is asked, sighted or blind
   jaxvlm eval score     --task T --protocol P --references R --answers A             score answers; no model is run
   jaxvlm eval export    --task T --protocol P --references R --answers A --out F     the benchmark's submission file
+  jaxvlm eval compare   --run NAME=RESULT.json --run ... --references R              which differences are more than noise
 
 A is LLaVA's answer JSONL, `jaxvlm generate`'s, or an official submission; R is what `jaxvlm eval tasks T` says. Example:
   jaxvlm eval score --task gqa --protocol llava15 --answers merge.jsonl --references testdev_balanced_questions.json
@@ -111,6 +116,7 @@ def benchmark(argv: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max_new_tokens", type=int, default=128)
     parser.add_argument("--batch_size", type=int)
+    _intervals(parser)
     parser.add_argument("--out", required=True, metavar="FOLDER", help="questions, answers and results go there")
     options = parser.parse_args(argv)
     _, how = tasks.find(options.task, options.protocol)
@@ -137,6 +143,8 @@ def benchmark(argv: Sequence[str]) -> int:
         drawn = {reference["id"] for reference in references}  # an earlier, larger draw's answers may lie there too
         found = [answer for answer in answers.read_answers(made) if answer["question_id"] in drawn]
         result = score_answers(options.task, options.protocol, found, references, split=options.split)
+        if options.intervals:
+            result["intervals"] = intervals_of(result, references, resamples=options.intervals)
         values[mode] = result["value"]
         _save(result | {"blind": mode}, scored)
         print(f"\n{name}: {_summary(result)}\n")
@@ -150,6 +158,7 @@ def score(argv: Sequence[str]) -> int:
     parser = _parser("score", score.__doc__)
     parser.add_argument("--model", default="", help="the model that answered (default: what the answers say)")
     parser.add_argument("--subset", action="store_true", help="score the questions that were answered")
+    _intervals(parser)
     parser.add_argument(
         "--out", metavar="FILE", help="write the whole result there, every answer's score with it, as JSON"
     )
@@ -172,6 +181,8 @@ def score(argv: Sequence[str]) -> int:
         model=options.model,
         subset=options.subset,
     )
+    if options.intervals:
+        result["intervals"] = intervals_of(result, references, resamples=options.intervals)
     print(_summary(result))
     if options.out:
         _save(result, Path(options.out))
@@ -191,6 +202,101 @@ def export(argv: Sequence[str]) -> int:
     return 0
 
 
+def compare(argv: Sequence[str]) -> int:
+    """Which differences between runs are more than noise: intervals, paired tests, and z-scores over benchmarks."""
+    parser = argparse.ArgumentParser(prog="jaxvlm eval compare", description=compare.__doc__)
+    parser.add_argument(
+        "--run",
+        action="append",
+        required=True,
+        metavar="NAME=FILE[,FILE]",
+        help="a run and its results (of eval score or benchmark), one a benchmark; more of one benchmark are other seeds",
+    )
+    parser.add_argument(
+        "--references", action="append", required=True, metavar="[TASK=]PATH", help="each benchmark's official file"
+    )
+    parser.add_argument("--resamples", type=int, default=RESAMPLES, help=f"draws of the bootstrap ({RESAMPLES})")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_argument("--out", metavar="FILE", help="write everything there as JSON")
+    parser.add_argument("--csv", metavar="FILE", help="write a table there, runs by benchmarks")
+    options = parser.parse_args(argv)
+    if options.resamples < 100:
+        raise ConfigError(f"--resamples {options.resamples}: an interval takes 100 draws or more.")
+    found = _results(options.run)
+    places = dict(text.split("=", 1) if "=" in text else ("", text) for text in options.references)
+    made, values = [], {}
+    for (task, protocol), results in found.items():
+        path = places.get(task) or (places.get("") if len({task for task, _ in found}) == 1 else None)
+        if path is None:
+            raise ConfigError(f"--references {task}=PATH is needed: the official file of {task}.")
+        split = next(iter(results.values()))[0]["split"]
+        references = tasks.read_references(task, path, split if tasks.find_task(task).split_in_files else "")
+        one = compare_runs(results, references, resamples=options.resamples, seed=options.seed)
+        made.append(one)
+        values[f"{task} {protocol}"] = {name: run["value"] for name, run in one["runs"].items()}
+        print(_compared(one) + "\n")
+    whole = {name: runs for name, runs in values.items() if len(runs) == len(options.run)}
+    scores = z_scores(whole) if len(whole) > 1 else None
+    if scores:
+        heads = ("z-scores", *whole, "mean")
+        print(_columns([heads, *((run, *(f"{zs[name]:+.2f}" for name in heads[1:])) for run, zs in scores.items())]))
+    if options.out:
+        _save({"benchmarks": made, "z_scores": scores}, Path(options.out))
+    if options.csv:
+        with Path(options.csv).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["run", *values])
+            names = dict.fromkeys(name for runs in values.values() for name in runs)
+            writer.writerows([name, *(runs.get(name, "") for runs in values.values())] for name in names)
+    return 0
+
+
+def _results(runs: Sequence[str]) -> dict[tuple[str, str], dict[str, list[dict]]]:
+    """Results by benchmark (task, protocol) and by the name of the run."""
+    found: dict[tuple[str, str], dict[str, list[dict]]] = {}
+    names = [text.partition("=")[0] for text in runs]
+    if len(set(names)) < len(names):
+        raise ConfigError("Two runs have one name. Other seeds of a run are files with commas between: --run NAME=A,B.")
+    for text in runs:
+        name, _, files = text.partition("=")
+        if not files:
+            raise ConfigError(f"--run {text}: give a name and its results, as in --run mine=result.json.")
+        for file in files.split(","):
+            result = readers.read_json(Path(file))
+            if not isinstance(result, dict) or "per_sample" not in result:
+                raise ConfigError(
+                    f"{file} is no result: `jaxvlm eval score --out` and `jaxvlm eval benchmark` write them."
+                )
+            found.setdefault((result["task"], result["protocol"]), {}).setdefault(name, []).append(result)
+    return found
+
+
+def _compared(one: dict[str, Any]) -> str:
+    lines = [f"{one['task']}, {one['protocol']}: {one['headline']}, {one['n']:,} questions, {one['resamples']:,} draws"]
+    rows = [("run", "value", "95 %", "seeds", "deviation")]
+    for name, run in one["runs"].items():
+        spread = "" if run["deviation"] is None else f"{run['deviation']:.2f}"
+        rows.append((name, f"{run['value']:.2f}", _range(run["interval"]), str(run["seeds"]), spread))
+    lines += ["", _columns(rows), ""]
+    rows = [("difference", "", "95 %", "p", "corrected", "McNemar", "")]
+    for pair in one["pairs"]:
+        exact = "" if pair["mcnemar"] is None else f"{pair['mcnemar']:.4f}"
+        names = f"{pair['first']} - {pair['second']}"
+        cells = (
+            f"{pair['difference']:+.2f}",
+            _range(pair["interval"]),
+            f"{pair['p']:.4f}",
+            f"{pair['p_holm']:.4f}",
+            exact,
+        )
+        rows.append((names, *cells, "within noise" if pair["noise"] else "real"))
+    return "\n".join([*lines, _columns(rows)])
+
+
+def _range(interval: Sequence[float]) -> str:
+    return f"{interval[0]:.2f} to {interval[1]:.2f}"
+
+
 def _parser(verb: str, description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"jaxvlm eval {verb}", description=description)
     _asked(parser)
@@ -199,6 +305,16 @@ def _parser(verb: str, description: str | None) -> argparse.ArgumentParser:
         "--questions", default="", metavar="FILE", help="LLaVA's question file (needed for its POPE answers)"
     )
     return parser
+
+
+def _intervals(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--intervals",
+        type=int,
+        default=0,
+        metavar="DRAWS",
+        help="95 %% intervals of all numbers, by so many draws (1000)",
+    )
 
 
 def _asked(parser: argparse.ArgumentParser) -> None:
@@ -255,7 +371,9 @@ def _summary(result: dict[str, Any]) -> str:
     lines += [f"  {name:16}{value}" for name, value in facts.items() if value]
     notes = [sample["note"] for sample in result["per_sample"] if "note" in sample]
     lines += [f"  {'scored 0':16}{notes.count(note):,} answers: {note}" for note in dict.fromkeys(notes)]
-    return "\n".join(lines) + "\n\n" + _columns([(name, f"{value:.2f}") for name, value in result["aggregate"].items()])
+    spans = {name: _range(interval) for name, interval in result.get("intervals", {}).items()}
+    rows = [(name, f"{value:.2f}", spans.get(name, "")) for name, value in result["aggregate"].items()]
+    return "\n".join(lines) + "\n\n" + _columns(rows)
 
 
 def _columns(rows: Sequence[tuple[str, ...]]) -> str:
@@ -269,6 +387,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "benchmark": benchmark,
     "score": score,
     "export": export,
+    "compare": compare,
 }
 
 
