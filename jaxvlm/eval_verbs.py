@@ -6,6 +6,7 @@ import argparse
 import csv
 import difflib
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,16 @@ def benchmark(argv: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max_new_tokens", type=int, default=128)
     parser.add_argument("--batch_size", type=int)
+    parser.add_argument(
+        "--exact", action="store_true", help="an answer never depends on what is asked beside it; slower"
+    )
+    parser.add_argument(
+        "--part",
+        type=_part,
+        default=(0, 1),
+        metavar="I/N",
+        help="only answer, as process I (from 0) of N that share --out; without it, score what they answered",
+    )
     _intervals(parser)
     parser.add_argument("--out", required=True, metavar="FOLDER", help="questions, answers and results go there")
     options = parser.parse_args(argv)
@@ -126,10 +137,11 @@ def benchmark(argv: Sequence[str]) -> int:
         )
     references = tasks.read_references(options.task, options.references, options.split)
     references = draw(references, options.limit, options.seed) if options.limit else references
-    from jaxvlm.infer.answers import generate_file
+    from jaxvlm.infer.answers import generate_file, parts, read_records
     from jaxvlm.infer.engine import load
 
     engine, values = load(options.run, dtype=None), {}
+    engine.exact = options.exact
     for mode in [""] + [options.blind] * (options.blind != "none"):
         name = (mode or "sighted") + f"-{options.seed}" * (mode == "shuffle")
         asked, made, scored = (
@@ -139,16 +151,21 @@ def benchmark(argv: Sequence[str]) -> int:
             options.task, options.protocol, references, asked, images=options.images, blind=mode, seed=options.seed
         )
         sampling = {"max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size}
-        generate_file(engine, asked, made, images=options.images, **sampling)
+        started = time.monotonic()
+        count = generate_file(engine, asked, made, images=options.images, part=options.part, **sampling)
+        speed = {"answered": count, "seconds": time.monotonic() - started}
+        if options.part[1] > 1:
+            continue
         drawn = {reference["id"] for reference in references}  # an earlier, larger draw's answers may lie there too
-        found = [answer for answer in answers.read_answers(made) if answer["question_id"] in drawn]
+        whole = [answer for path in parts(made) for answer in read_records(path, mend=False)]
+        found = [answer for answer in whole if answer["question_id"] in drawn]
         result = score_answers(options.task, options.protocol, found, references, split=options.split)
         if options.intervals:
             result["intervals"] = intervals_of(result, references, resamples=options.intervals)
         values[mode] = result["value"]
-        _save(result | {"blind": mode}, scored)
+        _save(result | {"blind": mode, "settings": whole[0]["metadata"], "speed": speed}, scored)
         print(f"\n{name}: {_summary(result)}\n")
-    if options.blind != "none":
+    if len(values) > 1:
         print(f"What seeing is worth: {values[''] - values[options.blind]:.2f} ({options.blind})")
     return 0
 
@@ -305,6 +322,13 @@ def _parser(verb: str, description: str | None) -> argparse.ArgumentParser:
         "--questions", default="", metavar="FILE", help="LLaVA's question file (needed for its POPE answers)"
     )
     return parser
+
+
+def _part(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 0 to N - 1, as in 0/4.")
+    return int(index), int(count)
 
 
 def _intervals(parser: argparse.ArgumentParser) -> None:

@@ -8,6 +8,7 @@ import json
 import pytest
 from PIL import Image
 
+from jaxvlm.config import PromptConfig
 from jaxvlm.infer.answers import RequestError, clock, generate_file
 from jaxvlm.infer.chat import chat
 
@@ -15,7 +16,7 @@ from jaxvlm.infer.chat import chat
 class Parrot:
     """Streams the last question back; says how many images it saw. Questions with 'stop' are interrupted by Ctrl-C."""
 
-    fingerprint = "parrot-1"
+    fingerprint, prompt, exact = "parrot-1", PromptConfig(), False
 
     def __init__(self):
         self.calls = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -57,7 +58,9 @@ def write_questions(
         records.append(record)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    Path(out).write_text("".join(lines), encoding="utf-8")
+    written = Path(f"{out}.{os.getpid()}")  # replaced at once: of processes that share the work each writes it
+    written.write_text("".join(lines), encoding="utf-8")
+    written.replace(out)
     return len(records)
 
 

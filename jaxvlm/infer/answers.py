@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -54,8 +55,10 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def read_records(path: Path) -> list[dict]:
+def read_records(path: Path, mend: bool = True) -> list[dict]:
     """The records of an append-only JSONL file; a torn last line (the writer was killed) is cut off the file.
+
+    Without `mend` the line is only passed over: another process may still be writing it.
 
     Raises `RequestError` naming the line if any other line is not JSON.
     """
@@ -63,7 +66,7 @@ def read_records(path: Path) -> list[dict]:
         return []
     data = path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
+    if mend and len(whole) < len(data):
         with path.open("r+b") as file:
             file.truncate(len(whole))
     records = []
@@ -94,9 +97,13 @@ def generate_file(
     seed: int = 0,
     batch_size: int | None = None,
     model_id: str = "jaxvlm",
+    part: tuple[int, int] = (0, 1),
     log: Callable[[str], None] = print,
 ) -> int:
     """Answers every record of the JSONL file `source` into `out` and returns how many were new.
+
+    As `part` (i, n) of n processes it answers every n-th record, into a file beside `out` (`parts`); however many processes
+    there were before, what any of them answered is not asked again. Once all are done, (0, 1) answers what is missing.
 
     A record is `{"question_id" | "id", "text", "image"?: path or list of paths}`, paths relative to `images`. An answer
     is LLaVA's `{"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}`. Where a record has `candidates`, short
@@ -107,10 +114,16 @@ def generate_file(
     """
     source, out = Path(source), Path(out)
     requests = read_requests(source, Path(images))
-    metadata = {"model": engine.fingerprint, "max_new_tokens": max_new_tokens}
+    about = engine.prompt
+    metadata = {"model": engine.fingerprint, "transform": about.transform, "layout": about.layout}
+    metadata |= {"tiles": repr((about.grids, about.max_tiles, about.tile_several)), "max_new_tokens": max_new_tokens}
+    if engine.exact:
+        metadata["exact"] = batch_size or "default"
     if temperature > 0:
         metadata |= {"temperature": temperature, "top_p": top_p, "seed": seed}
-    answered = read_records(out)
+    mine = out if part == (0, 1) else out.with_name(f"{out.stem}-{part[0]:05}-of-{part[1]:05}{out.suffix}")
+    read_records(mine)
+    answered = [record for path in parts(out) for record in read_records(path, mend=False)]
     for record in answered:
         if record.get("metadata") != metadata:
             raise RequestError(
@@ -118,20 +131,28 @@ def generate_file(
                 f"{metadata}). Name another output file, or delete this one."
             )
     done = {str(record["question_id"]): record["prompt"] for record in answered}
-    todo = [request for request in requests if str(request["id"]) not in done]
+    todo = [request for request in requests[part[0] :: part[1]] if str(request["id"]) not in done]
     for request in requests:
         if done.get(str(request["id"]), _prompt(request)) != _prompt(request):
             raise RequestError(
                 f"{out} answers another prompt to {request['id']}: {done[str(request['id'])]!r}, now {_prompt(request)!r}. "
                 "Name another output file, or delete this one."
             )
-    log(f"{source}: {len(requests)} records, {len(requests) - len(todo)} already answered in {out}.")
+    asked = len(requests[part[0] :: part[1]])
+    log(f"{source}: {asked} records, {asked - len(todo)} already answered in {out}.")
     progress = Progress("generate", len(todo), log)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     for batch in _answered(engine, todo, batch_size, sampling):
-        append_records(out, [_answer(request, text, model_id, metadata) | more for request, text, more in batch])
+        append_records(mine, [_answer(request, text, model_id, metadata) | more for request, text, more in batch])
         progress.add(len(batch))
     return len(todo)
+
+
+def parts(out: Path) -> list[Path]:
+    """The files that hold the answers of `out`: itself, and those of processes that shared the work."""
+    name = re.compile(re.escape(out.stem) + r"-\d{5}-of-\d{5}" + re.escape(out.suffix))
+    shared = [path for path in out.parent.glob(f"*{out.suffix}") if name.fullmatch(path.name)]
+    return [path for path in (out, *sorted(shared)) if path.is_file()]
 
 
 def _answered(

@@ -68,7 +68,8 @@ class Engine:
     """A model that answers. What `jaxvlm.load` returns.
 
     Attributes: `config` (ModelConfig), `prompt` (PromptConfig), `params`, `tokenizer`, `mesh`. Do not replace `params`
-    of an engine in use: its image cache belongs to them.
+    of an engine in use: its image cache belongs to them. `exact` (False): batches always have `batch_size` rows and a prompt
+    its own padding, so that an answer is computed by the same program whatever is asked beside it.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Engine:
         self.end_ids = conversation.stop_ids(self.tokenizer, prompt.template)
         self._visual: OrderedDict[bytes, np.ndarray] = OrderedDict()
         self._fingerprint: str | None = None
+        self.exact = False
 
     # ------------------------------------------------------------------------------------------------------ answering
 
@@ -175,13 +177,21 @@ class Engine:
             yield list(zip(indices, np.asarray(losses).tolist(), strict=False))
 
     def _batches(self, requests: Sequence[dict], size: int | None) -> Iterator[tuple[list[int], list[Prompt], int]]:
-        """(indices, prompts, rows computed at once), longest prompts first."""
-        prompts = [self._prompt(request, index) for index, request in enumerate(requests)]
-        order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index].tokens))
-        rows = self._rows(len(prompts), size or BATCH_SIZE)
-        for start in range(0, len(order), rows):
+        """(indices, prompts, rows computed at once), longest prompts first.
+
+        Every prompt is made twice, for its length and for its batch: kept, those of VQAv2 would take a gigabyte.
+        """
+        widths = [len(self._prompt(request, index).tokens) for index, request in enumerate(requests)]
+        order = sorted(range(len(widths)), key=lambda index: -widths[index])
+        if self.exact:
+            widths = [shapes.bucket(width) for width in widths]
+        rows, start = self._rows(len(order), size or BATCH_SIZE), 0
+        while start < len(order):
             indices = order[start : start + rows]
-            yield indices, [prompts[i] for i in indices], rows
+            if self.exact:
+                indices = [index for index in indices if widths[index] == widths[indices[0]]]
+            start += len(indices)
+            yield indices, [self._prompt(requests[i], i) for i in indices], rows
 
     def stream(
         self,
@@ -253,7 +263,7 @@ class Engine:
         """A digest of the config and of every bit of the parameters: answers of two models cannot be mistaken."""
         if self._fingerprint is None:
             leaves = jax.tree_util.tree_leaves_with_path(self.params)
-            sums = zip(leaves, jax.device_get(_bit_sums([leaf for _, leaf in leaves])), strict=True)
+            sums = zip(leaves, jax.device_get(decoding.bit_sums([leaf for _, leaf in leaves])), strict=True)
             sums = [(jax.tree_util.keystr(path), leaf.shape, *map(int, pair)) for (path, leaf), pair in sums]
             text = json.dumps([to_dict(self.config), self.prompt.template, sums], sort_keys=True)
             self._fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -432,7 +442,7 @@ class Engine:
 
         On a mesh it is rounded up to a multiple of the data-parallel size; surplus rows are computed and dropped.
         """
-        rows = most if count >= most else min(most, 1 << max(count - 1, 0).bit_length())
+        rows = most if count >= most or self.exact else min(most, 1 << max(count - 1, 0).bit_length())
         shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"] if self.mesh else 1
         return -(-rows // shards) * shards
 
@@ -476,19 +486,3 @@ def load(path: str | os.PathLike, dtype: str | None = "float32", mesh: Mesh | No
 
 def _stops(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     return (stop,) if isinstance(stop, str) else tuple(stop or ())
-
-
-@jax.jit
-def _bit_sums(leaves: list[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
-    """The bits of each array summed as integers, plainly and weighted by place; exact in any order of summation."""
-
-    def sums(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
-        kind = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
-        bits = jax.lax.bitcast_convert_type(leaf, kind).astype(jnp.uint32)
-        weights = jnp.uint32(1)
-        for axis in range(leaf.ndim):  # no flattening: a sharded leaf stays where it is
-            place = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-            weights = weights * jnp.uint32(2654435761) + 2 * place
-        return bits.sum(dtype=jnp.uint32), (bits * weights).sum(dtype=jnp.uint32)
-
-    return [sums(leaf) for leaf in leaves]
