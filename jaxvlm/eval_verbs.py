@@ -163,8 +163,13 @@ def benchmark(argv: Sequence[str]) -> int:
         if options.intervals:
             result["intervals"] = intervals_of(result, references, resamples=options.intervals)
         values[mode] = result["value"]
-        _save(result | {"blind": mode, "settings": whole[0]["metadata"], "speed": speed}, scored)
+        more = {"blind": mode, "settings": whole[0]["metadata"], "speed": speed}
+        _save(result | more | {"images": str(Path(options.images).absolute())}, scored)
         print(f"\n{name}: {_summary(result)}\n")
+    if values:  # for `jaxvlm report`
+        complete = readers.completed(references, tasks.find_task(options.task).complete)
+        kept = "".join(json.dumps(one, ensure_ascii=False, default=str) + "\n" for one in complete)
+        (Path(options.out) / "references.jsonl").write_text(kept, encoding="utf-8")
     if len(values) > 1:
         print(f"What seeing is worth: {values[''] - values[options.blind]:.2f} ({options.blind})")
     return 0

@@ -315,10 +315,21 @@ def inspect(argv: Sequence[str]) -> None:
 
 
 def report(argv: Sequence[str]) -> None:
-    """Show a run's scores and write its report.html again."""
+    """Show a run's scores and write its report.html again; or set benchmarks of several runs side by side on one page."""
     parser = argparse.ArgumentParser(prog="jaxvlm report", description=report.__doc__)
-    parser.add_argument("--run", required=True, metavar="WORKDIR")
+    parser.add_argument("--run", metavar="WORKDIR")
+    parser.add_argument("runs", nargs="*", metavar="[NAME=]FOLDER", help="what `jaxvlm eval benchmark --out` wrote")
+    parser.add_argument("--out", metavar="DIR", help="the page of the FOLDERs, runs.html and runs.md, goes there")
+    parser.add_argument("--samples", type=int, default=60, help="questions shown of each benchmark (60)")
     options = parser.parse_args(argv)
+    if bool(options.run) == bool(options.runs) or bool(options.runs) != bool(options.out):
+        raise ConfigError("Give a trained run (--run WORKDIR), or benchmarks and where to write: FOLDER ... --out DIR.")
+    if options.runs:
+        from jaxvlm.evals import side_by_side
+
+        page = side_by_side.write(list(map(side_by_side.read_run, options.runs)), options.out, samples=options.samples)
+        print(f"Written to {page}.")
+        return
     from jaxvlm import job
 
     job.show_report(Path(options.run))
