@@ -10,6 +10,12 @@ all people agree, which the official code does not rewrite.
 Each side reads the same three JSON files and scores, in turn, in a process of its own; its time is taken for reading and scoring
 together and for scoring alone, by the clock and by the time that the process computed. Reported are medians and the ratio of
 medians: above 1, ours is faster. The two accuracies must be equal to the official two decimals.
+
+  python benchmarks/eval_bench.py --generation [--rounds 3] [--out benchmarks/results/generation.json]
+
+times greedy answers instead: questions of easy-VQA's test set to a model of the quickstart's size with random weights, 16 new
+tokens each, asked one at a time, in batches of 16, and in exact batches of 16, in turn; after one round that compiles. It counts the
+answers of the batches that differ from those asked one at a time, in the model's own type and in bfloat16.
 """
 
 from __future__ import annotations
@@ -102,17 +108,96 @@ def times(started: tuple[float, float], read: tuple[float, float]) -> dict:
     return dict(zip(names, (*both, *alone), strict=True))
 
 
+def generation(rounds: int, count: int = 64, new: int = 16) -> dict:
+    """Seconds of each way of asking, and how many answers differ, by type."""
+    import dataclasses
+
+    import jax
+    import numpy as np
+
+    from jaxvlm.data.assets import ensure, resolve_assets
+    from jaxvlm.infer.engine import Engine
+    from jaxvlm.main import load_config
+    from jaxvlm.models.vlm import abstract_params
+
+    values = resolve_assets(load_config(str(Path(__file__).parents[1] / "configs" / "quickstart.py")))
+    folder = ensure("easy-vqa")
+    asked = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
+    asked = random.Random(0).sample(asked, count)
+    requests = [
+        {
+            "id": one["question_id"],
+            "messages": [{"role": "user", "content": "<image>\n" + one["text"]}],
+            "images": [str(folder / "images" / one["image"])],
+        }
+        for one in asked
+    ]
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        rng = np.random.default_rng(0)
+        config = dataclasses.replace(values.model, dtype=dtype)
+        params = jax.tree.map(
+            lambda leaf: jax.numpy.asarray(0.05 * rng.standard_normal(leaf.shape, np.float32), dtype),  # noqa: B023
+            abstract_params(config),
+        )
+        engine = Engine(config, values.prompt, params)
+
+        def one_by_one(exact: bool = False, engine: Engine = engine) -> list[str]:
+            engine.exact = exact
+            return [engine.generate([one], max_new_tokens=new, batch_size=16 if exact else 1)[0] for one in requests]
+
+        def batched(exact: bool = False, engine: Engine = engine) -> list[str]:
+            engine.exact = exact
+            return engine.generate(requests, max_new_tokens=new, batch_size=16)
+
+        ways = {"one_by_one": one_by_one, "batched": batched, "exact": lambda: batched(True)}  # noqa: B023
+        texts, seconds = {}, {name: [] for name in ways}
+        for turn in range(rounds + 1):
+            for name, way in ways.items():
+                engine._visual.clear()
+                started = time.perf_counter()
+                texts[name] = way()
+                if turn:
+                    seconds[name].append(time.perf_counter() - started)
+        alone = one_by_one(True)
+        medians = {name: statistics.median(taken) for name, taken in seconds.items()}
+        found[dtype] = {
+            "seconds": seconds,
+            "answers_per_second": {name: count / taken for name, taken in medians.items()},
+            "batched_over_one_by_one": medians["one_by_one"] / medians["batched"],
+            "batched_unlike_one_by_one": sum(
+                a != b for a, b in zip(texts["batched"], texts["one_by_one"], strict=True)
+            ),
+            "exact_unlike_exact_alone": sum(a != b for a, b in zip(texts["exact"], alone, strict=True)),
+            "distinct_answers": len(set(texts["batched"])),
+        }
+        print(dtype, json.dumps(found[dtype], indent=1), flush=True)
+    about = {"what": f"{count} greedy answers of {new} tokens, quickstart's size, random weights"}
+    about |= {"device": f"{jax.devices()[0].device_kind}, {platform.machine()}", "jax": jax.__version__}
+    return about | {"commit": head("."), "types": found}
+
+
+def head(folder: str) -> str:
+    return subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--official", default="", metavar="VQA", help="a clone of GT-Vision-Lab/VQA")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", default="", metavar="FILE")
+    parser.add_argument("--generation", action="store_true", help="time generating instead of scoring")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
         folder = Path(options.folder)
         print(json.dumps(ours(folder) if options.side == "jaxvlm" else official(folder, Path(options.official))))
+        return
+    if options.generation:
+        result = generation(options.rounds)
+        if options.out:
+            Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
         return
     sides = SIDES if options.official else SIDES[:1]
     found: dict[str, list[dict]] = {side: [] for side in sides}
@@ -133,12 +218,9 @@ def main() -> None:
     ratios = {name: medians["official"][name] / medians["jaxvlm"][name] for name in names} if options.official else {}
     print(json.dumps({"medians": medians, "official_over_jaxvlm": ratios}, indent=1))
     if options.out:
-        head = [
-            subprocess.run(["git", "-C", where, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-            for where in (".", options.official or ".")
-        ]
         about = {"what": f"scoring {COUNT:,} synthetic VQAv2 answers", "device": f"{platform.machine()}, one core"}
-        about |= {"versions": {"python": platform.python_version()}, "commit": head[0], "official_commit": head[1]}
+        about |= {"versions": {"python": platform.python_version()}, "commit": head(".")}
+        about["official_commit"] = head(options.official or ".")
         result = about | {"medians": medians, "official_over_jaxvlm": ratios, "rounds": found}
         Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
 

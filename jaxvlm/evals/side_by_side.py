@@ -185,7 +185,9 @@ def _card(question: str, kinds: set[str], runs: Sequence[Run], verdicts: Sequenc
         scores = next(one["scores"] for one in run.sighted["per_sample"] if one["id"] == question)
         told = ", ".join(f"{key} {value:.2f}" for key, value in scores.items() if isinstance(value, (int, float)))
         words = escape(run.answers.get(question, "")) or "<em>(nothing)</em>"
-        lines.append(f'<dt>{escape(run.name)}</dt><dd>{words} <span class="{kind}" title="{escape(told)}">{kind}</span></dd>')
+        lines.append(
+            f'<dt>{escape(run.name)}</dt><dd>{words} <span class="{kind}" title="{escape(told)}">{kind}</span></dd>'
+        )
     return (
         f'<article class="card sample {" ".join(sorted(kinds))}">{_picture(question, asked, reference, runs)}'
         f'<p class="question">{escape(asked["text"])}</p><dl>{"".join(lines)}<dt>reference</dt>'
@@ -198,9 +200,7 @@ def _truth(reference: Mapping) -> str:
         if name in reference:
             value = reference[name]
             if isinstance(value, list):
-                value = ", ".join(
-                    dict.fromkeys(str(one["answer"] if isinstance(one, dict) else one) for one in value)
-                )
+                value = ", ".join(dict.fromkeys(str(one["answer"] if isinstance(one, dict) else one) for one in value))
             elif isinstance(value, int) and isinstance(reference.get("choices"), list):
                 value = f"{'ABCDEFGHIJKLMNOP'[value]}. {reference['choices'][value]}"
             return str(value)
@@ -248,7 +248,12 @@ def _filters() -> str:
 def _facts(run: Run) -> str:
     result = run.sighted
     settings = ", ".join(f"{name} {value}" for name, value in result.get("settings", {}).items())
-    facts = {"Split": result["split"], "Prompt": result["prompt"], "Not understood": result["invalid"], "Settings": settings}
+    facts = {
+        "Split": result["split"],
+        "Prompt": result["prompt"],
+        "Not understood": result["invalid"],
+        "Settings": settings,
+    }
     speed = result.get("speed") or {}
     if speed.get("answered"):
         facts["Speed"] = f"{speed['answered'] / speed['seconds']:.2f} answers a second"
@@ -267,6 +272,7 @@ STYLE = """
 .right { color: var(--good); background: var(--good-bg); } dd .wrong { color: var(--bad); background: var(--bad-bg); }
 .filters { border: 0; padding: 0; margin: 0 0 16px; display: flex; flex-wrap: wrap; gap: 8px 20px; }
 .filters label { padding: 8px 0; } h3 { margin: 28px 0 12px; font-size: 1rem; }
+main th, main td { padding: 8px 11px; }
 main td:nth-child(-n+2), main th:nth-child(-n+2) { text-align: left; }
 """ + "".join(
     f"main:has(#show-{key}:checked) .sample:not(.{key}) {{ display: none; }}\n" for key in FILTERS if key != "all"
