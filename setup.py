@@ -45,6 +45,7 @@ EXTRAS = {
         "datasets>=4.0",  # folders saved by Hugging Face datasets
         "tensorflow-datasets>=4.9.10",  # only to write a TFDS data set; this one does so without tensorflow
     ],
+    "gcs": ["gcsfs>=2026.1", "google-cloud-storage>=3.0"],  # --workdir gs://...: files by the one, orbax by the other
     "serve": ["fastapi>=0.115", "uvicorn>=0.30"],  # the OpenAI-compatible server
     "log": ["tensorboardX>=2.6", "wandb>=0.20"],  # writers beside metrics.jsonl, without tensorflow
     "emoji": ["resvg-py>=0.5"],  # draws the SVG images of the emoji preset
@@ -61,6 +62,7 @@ EXTRAS = {
 EXTRAS["test"] = [
     *EXTRAS["notebook"],
     *EXTRAS["data"],
+    *EXTRAS["gcs"],
     "pytest>=8.3",
     "pytest-xdist>=3.6",  # two workers for two cores
     "hypothesis>=6.100",

@@ -220,11 +220,11 @@ def main() -> None:
 
 
 def jax_step(model: ModelConfig, params: dict, trainable, settings: OptimizerConfig, mesh):
-    moving, frozen = split(params, trainable)
+    moving, frozen = split(jax.tree.map(jnp.copy, params), trainable)  # the step takes its buffers
     optimizer = make_optimizer(settings, 100, moving)
     state = TrainState(jnp.int32(0), moving, frozen, optimizer.init(moving))
     with jax.set_mesh(mesh):
-        return state, jax.jit(make_step(VLM(model), optimizer, 1))
+        return state, jax.jit(make_step(VLM(model), optimizer, 1), donate_argnums=0)  # as train.loop does
 
 
 def time_generation(config, params, llm, rounds: int) -> dict:

@@ -46,10 +46,9 @@ def main(argv: list[str]) -> None:
         report = plan_elsewhere(
             load_config(str(ROOT / "configs" / spec), overrides), target, Assumptions(), ("instruct",)
         )
-        kept = read() | {
-            key: report | {"seconds": round(time.perf_counter() - start, 1)}
-        }  # another one may be at it too
-        print(f"{key}: {kept[key]['seconds']} s", flush=True)
+        seconds = round(time.perf_counter() - start, 1)
+        kept = read() | {key: report | {"seconds": seconds}}  # another one may be at it too
+        print(f"{key}: {seconds} s", flush=True)
         KEPT.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
     write(ROOT / "docs" / "plans.md", "plans", plans_table(kept))
     write(ROOT / "docs" / "scaling.md", "scaling", scaling_table(kept))
@@ -67,8 +66,8 @@ def write(path: Path, name: str, table: str) -> None:
 
 def plans_table(kept: dict) -> str:
     lines = [
-        "| model, stage 2 | target | mesh | rows a device | state | temporaries | peak, of usable (GiB) | left | sent a step (GB) "
-        "| at least (s) | at 40 % (s) | samples/s | hours | chip-hours | compile (s) | compiler's memory (GiB) |",
+        "| model, stage 2 | target | mesh | rows a device | state | temporaries (activations) | peak, of usable (GiB) | left "
+        "| sent a step (GB) | at least (s) | at 40 % (s) | samples/s | hours | chip-hours | compile (s) | compiler uses (GiB) |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name in MODELS:
@@ -78,9 +77,8 @@ def plans_table(kept: dict) -> str:
             (s,) = report["stages"]
             mesh = " x ".join(f"{axis} {size}" for axis, size in s["mesh"].items() if size > 1)
             if "refused" in s:
-                lines.append(
-                    f"| {name} | {target} | {mesh} | {s['rows_per_device']:g} | does not fit: {s['refused'][:80]} |"
-                )
+                cells = [name, target, mesh, f"{s['rows_per_device']:g}", f"does not fit: {refusal(s['refused'])}"]
+                lines.append("| " + " | ".join([*cells, *[""] * 11]) + " |")
                 continue
             found = s["bytes"]
             state = sum(found[kind] for kind in ("trainable", "frozen", "optimizer"))
@@ -90,7 +88,7 @@ def plans_table(kept: dict) -> str:
                 mesh,
                 f"{s['rows_per_device']:g}",
                 f"{state / GIB:.2f}",
-                f"{found['temporaries'] / GIB:.2f}",
+                f"{found['temporaries'] / GIB:.2f} ({found['activations'] / GIB:.2f})",
                 f"{found['peak'] / GIB:.1f} of {s['limit'] / GIB:.1f}",
                 f"{1 - found['peak'] / s['limit']:.0%}" + ("" if s["fits"] else " (does not fit)"),
                 f"{sent(s):.1f}",
@@ -104,6 +102,12 @@ def plans_table(kept: dict) -> str:
             ]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def refusal(said: str) -> str:
+    """The sizes in XLA:TPU's sentence, or the sentence."""
+    sizes = re.search(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", said)
+    return f"{sizes[1]} of {sizes[2]} GiB" if sizes else said[:80]
 
 
 def scaling_table(kept: dict) -> str:

@@ -231,7 +231,9 @@ class ModelConfig:
     llm: LLMConfig = field(default_factory=LLMConfig)
     dtype: str = "bfloat16"  # compute dtype; trainable parameters are float32 masters
     remat: str = "full"  # none | dots | offload | attention | full: what is recomputed for gradients, in both towers
-    attention: str = ""  # the implementation to take where it serves, such as `pallas_hopper` (docs/performance.md); '' chooses
+    attention: str = (
+        ""  # the implementation to take where it serves, such as `pallas_hopper` (docs/performance.md); '' chooses
+    )
 
     @property
     def lora(self) -> tuple[LoRAConfig, ...]:
@@ -383,13 +385,13 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation after training: a VQA file of question records (see `jaxvlm.evals.tasks`)."""
+    """Evaluation after training: a VQA file of question records (see `jaxvlm.evals.question_file`)."""
 
     task: str = ""  # '' = no evaluation
     path: str = ""
     images: str = ""
     limits: tuple[tuple[str, int], ...] = ()  # (question type, how many, drawn with the run's seed); () = all
-    blind: str = "noimage"  # '' = sighted only | noimage | shuffle
+    blind: str = "noimage"  # '' = sighted only | noimage | gray | shuffle
     batch_size: int = 32
     max_new_tokens: int = 16
     samples: int = 6  # shown at the end and in the report

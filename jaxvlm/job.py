@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
@@ -31,7 +32,7 @@ from jaxvlm.config import (
 from jaxvlm.data.assets import resolve_assets
 from jaxvlm.data.loader import Loader
 from jaxvlm.data.mixture import mixture_table
-from jaxvlm.evals import report, runner, tasks
+from jaxvlm.evals import question_file, report, runner
 from jaxvlm.infer.engine import Engine
 from jaxvlm.models.lora import merge_all, without_lora
 from jaxvlm.models.vlm import abstract_params, logical_axes
@@ -39,6 +40,7 @@ from jaxvlm.parallel.mesh import make_mesh
 from jaxvlm.parallel.processes import barrier, describe_mesh, first_then_others, whole
 from jaxvlm.parallel.rules import param_shardings
 from jaxvlm.progress import StatusLine, duration
+from jaxvlm.train import bucket
 from jaxvlm.train.features import FeatureTable, cached_features
 from jaxvlm.train.flops import peak_flops
 from jaxvlm.train.loop import train_stage
@@ -48,7 +50,7 @@ from jaxvlm.train.state import count, describe, flat, nbytes, split
 from jaxvlm.weights import import_model, import_part
 from jaxvlm.weights.exporter import keep_adapters
 from jaxvlm.weights.importer import with_initial
-from jaxvlm.weights.saved import CheckpointError, existing_parent, save_model, write_json
+from jaxvlm.weights.saved import CheckpointError, existing_parent, is_address, save_model, write_json
 
 EVALUATION_SECONDS = 7 * 24 * 3600.0  # what the others wait for process 0 at most
 PARTS = ("vision", "connector", "llm")
@@ -63,42 +65,42 @@ def run(config: RunConfig, workdir: str | Path) -> dict[str, Any]:
     Returns the content of report.json. Raises `ConfigError`, `DataError`, `WeightsError`, `AssetError` or
     `CheckpointError`, each with the fix in its message, and `Interrupted` after a signal, with everything saved.
     """
+    with bucket.opened(workdir) as (folder, store):
+        return run_in(folder, store, config)
+
+
+def run_in(workdir: Path, store: Path | epath.Path, config: RunConfig) -> dict[str, Any]:
+    """`run` with its files in `workdir`, and checkpoints and model in `store`."""
     started, alone = time.perf_counter(), jax.process_index() == 0
-    if "://" in str(workdir):
-        raise ConfigError(
-            f"--workdir {workdir}: the work directory must be a folder that every process sees, not an address. Mount the "
-            "bucket (gcsfuse, s3fs, a Filestore or NFS share) and give the folder."
-        )
-    workdir = Path(workdir)
     if alone:
-        claim_workdir(config, workdir)
+        claim_workdir(config, store)
     barrier("workdir")
-    print(opening(config, workdir), flush=True)
+    print(opening(config, store), flush=True)
     config = first_then_others("assets", lambda: resolve_assets(config))
     mesh = make_mesh(config.mesh)
     print(describe_mesh(mesh), flush=True)
     with jax.set_mesh(mesh):
         params = initial_params(config, mesh)
         print(f"Model: {', '.join(describe(params))} parameters, computing in {config.model.dtype}.")
-        check_disk(params, config, workdir)
+        check_disk(params, config, store)
         results = []
         for number, stage in enumerate(config.stages):
-            params, result = run_stage(number, stage, config, params, mesh, workdir)
+            params, result = run_stage(number, stage, config, params, mesh, workdir, store)
             results.append(result)  # None in all processes but the first
         if config.model.llm.lora.rank:
             lora = {path: whole(leaf) if "lora_" in path else leaf for path, leaf in flat(params).items()}
             if alone:
                 keep_adapters(unflatten_dict(lora, sep="/"), config.model, workdir / "adapters")
         model, params = without_adapters(config.model, params)
-        save_model(workdir / "model", params, model, config.prompt, model_notes(config, results) if alone else {})
-        print(f"\nModel saved to {workdir / 'model'}.\n")
+        save_model(store / "model", params, model, config.prompt, model_notes(config, results) if alone else {})
+        print(f"\nModel saved to {store / 'model'}.\n")
         engine_mesh = mesh
         if config.eval.task and jax.process_count() > 1:
             engine_mesh, params = local_copy(model, params)
     scores = None
     if config.eval.task and alone:
         scores = evaluate(Engine(model, config.prompt, params, mesh=engine_mesh), config, workdir / "eval")
-    made = finish(config, workdir, results, scores, started) if alone else {}
+    made = finish(config, workdir, store, results, scores, started) if alone else {}
     barrier("end", EVALUATION_SECONDS)  # nobody leaves before process 0, which holds the coordination service
     return made
 
@@ -119,7 +121,7 @@ def local_copy(model: ModelConfig, params: dict) -> tuple[Mesh, dict]:
     return mesh, unflatten_dict(kept, sep="/")
 
 
-def claim_workdir(config: RunConfig, workdir: Path) -> None:
+def claim_workdir(config: RunConfig, workdir: Path | epath.Path) -> None:
     """Makes the work directory this run's own, or checks that it already is. Raises `ConfigError` otherwise."""
     path, wanted = workdir / "config.json", json.loads(json.dumps(to_dict(config)))
     if path.is_file():
@@ -144,7 +146,7 @@ def environment() -> dict[str, Any]:
     return {**report.versions(), "revision": known or None, "devices": devices}
 
 
-def opening(config: RunConfig, workdir: Path) -> str:
+def opening(config: RunConfig, workdir: Path | epath.Path) -> str:
     """What is about to happen, in a few lines."""
     lines = [f"jaxvlm {jaxvlm.__version__}: {config.name}", *(config.description.strip().splitlines())]
     if config.expected:
@@ -186,8 +188,10 @@ def require_same_model(found: ModelConfig, wanted: ModelConfig, path: str) -> No
         raise ConfigError(f"The model in {path} is not the config's:\n  " + "\n  ".join(changed))
 
 
-def check_disk(params: dict, config: RunConfig, workdir: Path) -> None:
+def check_disk(params: dict, config: RunConfig, workdir: Path | epath.Path) -> None:
     """Fails before the first step, not after the last, when the disk cannot hold what will be written."""
+    if is_address(workdir):
+        return
     need = nbytes(params)
     for stage in config.stages:
         copies = 3 + bool(stage.optimizer.ema_decay)  # parameters, two moments, an average
@@ -201,7 +205,13 @@ def check_disk(params: dict, config: RunConfig, workdir: Path) -> None:
 
 
 def run_stage(
-    number: int, stage: StageConfig, config: RunConfig, params: dict, mesh: Mesh, workdir: Path
+    number: int,
+    stage: StageConfig,
+    config: RunConfig,
+    params: dict,
+    mesh: Mesh,
+    workdir: Path,
+    store: Path | epath.Path,
 ) -> tuple[dict, StageResult | None]:
     """Reads the stage's data, caches frozen features if it asks for that, and trains."""
     trainable, _ = split(params, stage.trainable)
@@ -229,10 +239,10 @@ def run_stage(
     if number == 0 and config.init.connector_start == "ridge":
         rows = stage_loader(number, config, features, process=(0, 1)) if stage.cache_features else data
         params = ridge_start(config.model, params, rows)
-    directory = workdir / "stages" / f"{number}_{stage.name}"
+    directory = store / "stages" / f"{number}_{stage.name}"
     origin = {"init": to_dict(config.init), "stages before": [before.name for before in config.stages[:number]]}
     more = (config.checkpoint, config.log, origin)
-    return train_stage(stage, config.model, params, data, mesh, directory, *more)
+    return train_stage(stage, config.model, params, data, mesh, workdir, directory, *more)
 
 
 def stage_loader(
@@ -315,13 +325,18 @@ def evaluate(engine: Engine, config: RunConfig, directory: Path) -> dict[str, An
         engine,
         config.eval,
         workdir=directory,
-        training=tasks.read_training_answers(sources) if sources else None,
+        training=question_file.read_training_answers(sources) if sources else None,
         seed=config.seed,
     )
 
 
 def finish(
-    config: RunConfig, workdir: Path, results: list[StageResult], scores: dict | None, started: float
+    config: RunConfig,
+    workdir: Path,
+    store: Path | epath.Path,
+    results: list[StageResult],
+    scores: dict | None,
+    started: float,
 ) -> dict[str, Any]:
     """Writes report.json and report.html, and shows what a person wants to see first."""
     made = report.write_report(
@@ -331,17 +346,19 @@ def finish(
         metrics=read_metrics(workdir / "metrics.jsonl"),
         wall_seconds=round(time.perf_counter() - started, 1),
         peak_memory_bytes=peak_memory_bytes(),
-        config=json.loads((workdir / "config.json").read_text()),
+        config=json.loads((store / "config.json").read_text()),
         devices=[device.device_kind for device in jax.devices()],
         facts=facts(workdir),
     )
     print("\n" + report.terminal_table(made))
     if made["samples"]:
         print("\n" + report.sample_blocks(made["samples"]))
-    print(
-        f"\nDone in {duration(made['wall_seconds'])}, peak memory {made['peak_memory_bytes'] / 1e9:.1f} GB.\n"
-        f"Open {workdir / 'report.html'} in a browser, or talk to the model:\n  jaxvlm chat --run {workdir}"
-    )
+    print(f"\nDone in {duration(made['wall_seconds'])}, peak memory {made['peak_memory_bytes'] / 1e9:.1f} GB.")
+    print(f"Open {workdir / 'report.html'} in a browser, or talk to the model:")
+    if is_address(store):
+        print(f"  gcloud storage cp -r {store / 'model'} . && jaxvlm chat --run model")
+    else:
+        print(f"  jaxvlm chat --run {workdir}")
     return made
 
 

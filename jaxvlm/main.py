@@ -31,7 +31,7 @@ The main job, every stage and then the evaluation, resumed where it stopped if i
 Verbs (`jaxvlm VERB --help` for each):
   chat       talk about an image with a trained model
   generate   answer one request, or a JSONL file of them
-  eval       evaluate a run, or the whole test split with --full
+  eval       evaluate a run; score any program's answers on a benchmark, as a paper does; list benchmarks
   import     read a checkpoint of another project and save it as a jaxvlm model
   export     write a model as a folder that transformers, vLLM, LLaVA's code or PEFT load
   data       verify, inspect, count and convert data sets
@@ -164,7 +164,7 @@ def generate(argv: Sequence[str]) -> None:
     parser = _model_parser("generate", generate.__doc__)
     parser.add_argument("question", nargs="?", help="one question; its answer is printed")
     parser.add_argument("--image", help="the image it is about")
-    parser.add_argument("--input", help='JSONL of {"question_id", "text", "image"}')
+    parser.add_argument("--input", help='JSONL of {"question_id", "text", "image"?, "candidates"? | "options"?}')
     parser.add_argument("--output", help="where the answers go, as JSONL")
     parser.add_argument("--images", default="", help="folder that the image paths are relative to")
     parser.add_argument("--batch_size", type=int)
@@ -191,11 +191,17 @@ def generate(argv: Sequence[str]) -> None:
 
 def evaluate(argv: Sequence[str]) -> None:
     """Evaluate a run again: on its own subset, on another, or on the whole test split."""
+    if not argv or argv[0] in ("-h", "--help") or not argv[0].startswith("-"):
+        from jaxvlm.eval_verbs import main as run_verb
+
+        if argv[:1] == ["benchmark"]:  # the only one with a model
+            prepare_jax()
+        raise SystemExit(run_verb(argv))
     parser = argparse.ArgumentParser(prog="jaxvlm eval", description=evaluate.__doc__)
     parser.add_argument("--run", required=True, metavar="WORKDIR")
     parser.add_argument("--full", action="store_true", help="every question of the test split")
     parser.add_argument("--limit", action="append", default=[], metavar="CATEGORY=N", help="N questions of a category")
-    parser.add_argument("--blind", choices=["none", "noimage", "shuffle"], help="what the blind run sees")
+    parser.add_argument("--blind", choices=["none", "noimage", "gray", "shuffle"], help="what the blind run sees")
     parser.add_argument("--batch_size", type=int)
     options = parser.parse_args(argv)
     prepare_jax()
@@ -305,7 +311,7 @@ def inspect(argv: Sequence[str]) -> None:
     prepare_jax()
     from jaxvlm.train.inspect_checkpoint import describe_checkpoint
 
-    print(describe_checkpoint(Path(options.checkpoint)))
+    print(describe_checkpoint(options.checkpoint))
 
 
 def report(argv: Sequence[str]) -> None:

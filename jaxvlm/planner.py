@@ -193,7 +193,7 @@ def plan_stage(config: RunConfig, number: int, target: Target, mesh: Mesh, assum
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return entry | {"fits": False, "refused": str(error).splitlines()[0][:300]}
-    entry["bytes"] = plan.memory(compiled, state)
+    entry["bytes"] = plan.memory(compiled, state, plan.activations(config, stage, state, mesh, tiles))
     entry["fits"] = entry["bytes"]["peak"] <= entry["limit"]
     entry["compile_seconds"] = round(time.perf_counter() - start, 1)
     entry["parameters"] = plan.parameters(state)
@@ -262,9 +262,9 @@ def text(report: dict[str, Any]) -> str:
         "",
         f"Compiler's word (jax {report['jax']}): bytes of temporaries and peak, and the bytes sent. Exact by shape: parameters, "
         "state. Arithmetic: FLOPs of rows without padding and lower bounds, from data sheets, with all wires of a chip in use "
-        f"and everything overlapped. Estimates: MFU {assumed['mfu']:.0%}, samples, and what is marked so. Attention is the "
-        "code's present one: on TPUs a kernel that skips what no query sees, elsewhere XLA's, dense over blocks of queries, "
-        "whose wasted half of a causal mask is in the MFU.",
+        f"and everything overlapped. Estimates: MFU {assumed['mfu']:.0%}, samples, activations, and what is marked so. "
+        "Attention is the code's present one: on TPUs a kernel that skips what no query sees, elsewhere XLA's, dense over blocks "
+        "of queries, whose wasted half of a causal mask is in the MFU.",
     ]
     return "\n".join(lines)
 
@@ -291,7 +291,9 @@ def _stage_lines(stage: dict[str, Any], report: dict[str, Any]) -> list[str]:
         f"  parameters  {total / 1e6:,.1f} M, {moves / total:.1%} train ("
         + ", ".join(f"{name} {part['all'] / 1e6:,.1f} M" for name, part in parts.items())
         + ")",
-        "  bytes/device " + ", ".join(f"{kind} {found[kind] / GIB:.2f}" for kind in kinds) + " GiB",
+        "  bytes/device "
+        + ", ".join(f"{kind} {found[kind] / GIB:.2f}" for kind in kinds)
+        + f" GiB; of temporaries about {found['activations'] / GIB:.2f} are activations kept for backward",
         f"  {'fits' if stage['fits'] else 'DOES NOT FIT'}: peak {found['peak'] / GIB:.2f} of {limit / GIB:.2f} GiB usable "
         f"({1 - found['peak'] / limit:.0%} left)",
         f"  model FLOPs {sum(flops.values()):.3g} a step ("

@@ -34,7 +34,9 @@ from jaxvlm.config import RunConfig, UserError
 from jaxvlm.data.assets import resolve_assets
 from jaxvlm.main import load_config
 from jaxvlm.parallel import processes
-from jaxvlm.parallel.mesh import make_mesh
+from jaxvlm.parallel.mesh import make_mesh, require_rows_divide
+from jaxvlm.train.bucket import require_writable
+from jaxvlm.weights.saved import is_address, place
 
 MESSAGE_BYTES = 1000  # of a failure, as it travels to process 0
 MEGABYTES = 64  # that each device reduces, and that a checkpoint holds
@@ -166,13 +168,10 @@ def devices(options: argparse.Namespace, config: RunConfig | None) -> str:
         )
     if config is None:
         return seen
-    axes = make_mesh(config.mesh).shape
+    mesh = make_mesh(config.mesh)
     for stage in config.stages:
-        rows = axes["data"] * axes["fsdp"] * stage.accumulate
-        if stage.batch_size % rows:
-            raise CheckError(
-                f"stage '{stage.name}' has a batch_size of {stage.batch_size}, on this mesh it must divide by {rows}."
-            )
+        require_rows_divide(stage, mesh)
+    axes = mesh.shape
     return f"{seen}; mesh {', '.join(f'{name}={size}' for name, size in axes.items() if size > 1) or 'of one'}"
 
 
@@ -234,7 +233,10 @@ def data(config: RunConfig) -> str:
 
 def checkpoint(workdir: str, limit: float) -> bool:
     """The work directory can be written, is one place for all processes, and takes a checkpoint. Nothing stays in it."""
-    directory = epath.Path(workdir if "://" in workdir else os.path.abspath(workdir))
+    fix = "Create it, or get the right to write there."
+    if is_address(workdir) and not report("bucket", lambda: f"{require_writable(workdir)} answers", limit, fix):
+        return False
+    directory = epath.Path(place(workdir))
     trial, is_new, first = directory / ".launch-check", not directory.exists(), jax.process_index() == 0
     token = gather(str(time.time_ns()))[0]
 
@@ -253,7 +255,7 @@ def checkpoint(workdir: str, limit: float) -> bool:
 
     try:
         return (
-            report("workdir", write, limit, "Create it, or get the right to write there.")
+            report("workdir", write, limit, fix)
             and report("shared", read, limit, "Give a --workdir on a file system that all share.")
             and report("checkpoint", lambda: round_trip(trial / "state", int(token)), limit, "Look at the storage.")
         )

@@ -8,7 +8,7 @@
 #   --slices N        TPU slices or GPU nodes of the job (1)
 #   --check           run launch/check.py with the same arguments instead of the main job
 #   --forward         pass SIGTERM on to the job: in a container only this process gets it. Elsewhere (SLURM, a machine that
-#                     shuts down) every process gets it, and the job would take a second one for "at once, without saving"
+#                     shuts down) every process gets it by itself
 #   --failed FILE     add a line to FILE when the job ends in an error; for launchers that see one code for many workers
 #   --detach DIR      run in the background, with DIR/log, DIR/pid and, at the end, DIR/exit_code
 #   --state DIR       what became of it: running, "exit N", died (no exit code, as after a reboot) or none

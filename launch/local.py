@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -124,6 +125,8 @@ def main(argv: Sequence[str]) -> int:
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
     if not command or options.processes < 1 or options.devices < 1:
         parser.error("give at least one process, one device, and a command after --")
+    if not shutil.which(command[0]):
+        parser.error(f"{command[0]} is not a program; give the whole command after --")
     if options.dry_run:
         for process in range(options.processes):
             values = environment(process, options.processes, options.devices, options.port or 12345)

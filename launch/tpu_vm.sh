@@ -24,7 +24,7 @@
 #   --runtime R       the VM's image (chosen by type)
 #   --create-flag F   one more flag for `queued-resources create`, say --create-flag=--reserved; may be repeated
 #   --ssh-flag F      one more for every ssh and scp, say --ssh-flag=--internal-ip; may be repeated
-#   --extras E        of setup.py (tpu,data)
+#   --extras E        of setup.py (tpu,data,gcs)
 #   --setup CMD       a command to run on every worker after the installation, say to mount a bucket with data
 #   --worker W        whose log `logs` follows (0), --slice K of which slice (0)
 #   --poll SECONDS    between looks, in `wait` and `join` (60)
@@ -38,7 +38,7 @@ here=$(cd "$(dirname "$script")" && pwd)
 usage() { sed -n '2,/^set -/s/^# \{0,1\}//p' "$script"; }
 die() { echo "error: $1 See launch/tpu_vm.sh --help." >&2; exit 2; }
 
-command="" name="" kind="" zone="" project="" slices=1 spot="" runtime="" extras=tpu,data setup="" worker=0 slice=0 poll=60 dry_run=""
+command="" name="" kind="" zone="" project="" slices=1 spot="" runtime="" extras=tpu,data,gcs setup="" worker=0 slice=0 poll=60 dry_run=""
 create_flags=() ssh_flags=()
 while [ $# -gt 0 ]; do
   argument=$1

@@ -36,7 +36,14 @@ ROOMS = {
 }
 LEAVES = {"config", "html", "progress", "templates"}
 # Files at the top of the package: the command line and the main job see everything, the leaves see nothing.
-TOP = {"main": set(ROOMS), "data_verbs": {"data"}, "job": set(ROOMS), "doctor": set(), "__init__": {"infer"}}
+TOP = {
+    "main": set(ROOMS),
+    "data_verbs": {"data"},
+    "eval_verbs": {"evals", "infer"},
+    "job": set(ROOMS),
+    "doctor": set(),
+    "__init__": {"infer"},
+}
 TOP["planner"] = {"parallel", "train"}
 TOP |= {leaf: set() for leaf in ("config_files", *LEAVES)}
 

@@ -1,6 +1,7 @@
 """Interval attention against a dense float64 oracle."""
 
 import logging
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -86,16 +87,17 @@ def test_arbitrary_intervals_match_the_oracle(seed):
 run = jax.jit(lambda q, k, v, k_start, k_end: attention(q, k, v, k_start=k_start, k_end=k_end))
 
 
-@jax.jit
-def gradients(q, k, v, k_start, k_end, cotangent):
-    return jax.vjp(lambda q, k, v: attention(q, k, v, k_start=k_start, k_end=k_end), q, k, v)[1](cotangent)
+@partial(jax.jit, static_argnames=("scale", "softcap"))
+def gradients(q, k, v, k_start, k_end, cotangent, **settings):
+    return jax.vjp(lambda q, k, v: attention(q, k, v, k_start=k_start, k_end=k_end, **settings), q, k, v)[1](cotangent)
 
 
-@jax.jit
-def dense_gradients(q, k, v, visible, cotangent):
+@partial(jax.jit, static_argnames=("scale", "softcap"))
+def dense_gradients(q, k, v, visible, cotangent, scale=None, softcap=None):
     def dense(q, k, v):
         k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
-        scores = jnp.einsum("bsnh,btnh->bnst", q, k) * q.shape[-1] ** -0.5
+        scores = jnp.einsum("bsnh,btnh->bnst", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+        scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
         weights = jax.nn.softmax(jnp.where(visible[:, None], scores, -1e9))
         return jnp.einsum("bnst,btnh->bsnh", weights * visible[:, None].any(-1, keepdims=True), v)
 
@@ -137,6 +139,10 @@ def test_scale_and_softcap():
     settings = {"scale": 0.3, "softcap": 1.5}
     out = attention(q, k, v, k_start=k_start, k_end=k_end, **settings)
     np.testing.assert_allclose(out, oracle(q, k, v, k_start, k_end, **settings), rtol=1e-5, atol=1e-6)
+    found = gradients(q, k, v, k_start, k_end, q, **settings)
+    expected = dense_gradients(q, k, v, mask(k_start, k_end, 9), q, **settings)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_memory_of_long_sequences_is_linear():
@@ -160,10 +166,14 @@ def test_bfloat16_keeps_its_dtype_and_softmax_is_float32():
     np.testing.assert_allclose(np.asarray(out, np.float32), exact, atol=0.02)
 
 
-def test_output_has_its_checkpoint_name():
-    q, k, v = draw(0, 1, 3, 3, 1, 1)
-    k_start, k_end = intervals.full(1, 3, 3)
-    assert "attention_out" in str(jax.make_jaxpr(lambda q: attention(q, k, v, k_start=k_start, k_end=k_end))(q))
+def test_a_policy_keeps_the_output_once():
+    """Beside the inputs: the output, and a number for each query and head."""
+    q, k, v = draw(0, 1, 5, 7, 2, 3)
+    k_start, k_end = intervals.full(1, 5, 7)
+    keep = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
+    run = jax.checkpoint(lambda *x: attention(*x, k_start=k_start, k_end=k_end), policy=keep)
+    kept = sorted(leaf.size for leaf in jax.tree.leaves(jax.vjp(run, q, k, v)[1]) if leaf.dtype == jnp.float32)
+    assert kept == sorted([q.size, k.size, v.size, q.size, q.size // q.shape[-1]])
 
 
 def test_dispatcher(monkeypatch, caplog):

@@ -242,7 +242,7 @@ def test_a_trained_model_keeps_all_when_saved(world, tmp_path):
     with jax.set_mesh(mesh):
         params = jax.tree.map(np.array, vlm.params)  # its buffers go to the training
         batches = loader(world, packing=False, epochs=2)
-        params, _ = train_stage(stage, vlm.config, params, batches, mesh, run / "stages" / "0", CheckpointConfig())
+        params, _ = train_stage(stage, vlm.config, params, batches, mesh, run, run / "stages" / "0", CheckpointConfig())
     save_model(run / "model", params, vlm.config, vlm.prompt, {"name": "tiny"})
     assert main(["import", str(run), str(tmp_path / "copy")]) == 0
 

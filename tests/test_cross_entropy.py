@@ -55,6 +55,18 @@ def test_values_and_gradients(chunk, share):
     np.testing.assert_allclose(nll, expected[0][1], rtol=1e-5, atol=1e-6)
 
 
+def test_a_kernel_as_the_embedding_lies():
+    """[V, D]: the same values, and the gradient the other way round."""
+    hidden, kernel, *rest = example(1)
+    expected, (dhidden, dkernel) = with_gradients(linear_cross_entropy, (hidden, kernel, *rest), chunk=4)
+    turned = partial(linear_cross_entropy, transposed=True)
+    found, gradients = with_gradients(turned, (hidden, kernel.T, *rest), chunk=4)
+    for one, other in zip(
+        jax.tree.leaves((found, gradients)), jax.tree.leaves((expected, (dhidden, dkernel.T))), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-6)
+
+
 def test_bias_and_softcap():
     """The two additions together, and the gradient of the bias alone: a frozen kernel costs no product for it."""
     *args, bias = *example(1), np.random.default_rng(2).normal(size=V).astype(np.float32)

@@ -6,12 +6,14 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jaxvlm.config import EvalConfig, PromptConfig
 from jaxvlm.data.assets import toy
+from jaxvlm.data.image import image_size, load_image
 from jaxvlm.evals import runner
-from jaxvlm.evals.tasks import EvalError
+from jaxvlm.evals.question_file import EvalError
 
 
 class Fake:
@@ -87,6 +89,18 @@ def test_shuffled_images_mislead_the_oracle(oracle, config, tmp_path):
     assert all(len(set(images)) == 2 for images in pairs.values())
 
 
+def test_grey_images_have_the_size_of_the_others(oracle, config, tmp_path):
+    def see(request):
+        return "red" if "gray-" in request["images"][0] else oracle(request)
+
+    engine = Fake(see)
+    scores = run(engine, dataclasses.replace(config, blind="gray"), tmp_path)["scores"]
+    (gray,) = tmp_path.glob("gray-*.png")  # one for all, as all images are of one size
+    sizes = {image_size(request["images"][0]) for request in engine.asked}
+    assert len(sizes) == 1 and np.unique(np.asarray(load_image(gray))).tolist() == [127]
+    assert scores["all"]["sighted"] == 1 and scores["all"]["blind"] < 0.6 and len(engine.asked) == 16 + 2
+
+
 def test_a_killed_evaluation_goes_on_where_it_stopped(oracle, config, tmp_path):
     whole = run(Fake(oracle), config, tmp_path / "whole")
     dying = Fake(oracle, life=6)
@@ -128,7 +142,7 @@ def test_samples_are_of_different_images_and_every_category(oracle, config, tmp_
 
 
 def test_settings_that_cannot_work(oracle, config, tmp_path):
-    with pytest.raises(EvalError, match="'gray' is not one of"):
-        run(Fake(oracle), dataclasses.replace(config, blind="gray"), tmp_path)
+    with pytest.raises(EvalError, match="'grey' is not one of '', 'noimage', 'gray', 'shuffle'"):
+        run(Fake(oracle), dataclasses.replace(config, blind="grey"), tmp_path)
     with pytest.raises(EvalError, match="does not exist"):
         run(Fake(oracle), dataclasses.replace(config, path="no.jsonl"), tmp_path)

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxvlm.evals import scorers, statistics, tasks
-from jaxvlm.evals.tasks import EvalError, Question
+from jaxvlm.evals import baselines, blind, question_file, statistics
+from jaxvlm.evals.question_file import EvalError, Question
+from jaxvlm.evals.scorers import text as text_scorers
 
 
 def question(name, text="what colour?", answer="red", category="what", image="a.png"):
@@ -31,15 +32,15 @@ def question(name, text="what colour?", answer="red", category="what", image="a.
     ],
 )
 def test_exact_match(prediction, answer, right):
-    assert scorers.exact_match(prediction, answer) == right
+    assert text_scorers.exact_match(prediction, answer) == right
 
 
 @given(st.text(max_size=20), st.text(max_size=20))
 def test_exact_match_is_symmetric_and_ignores_case_blanks_and_periods(a, b):
-    assert scorers.exact_match(a, b) == scorers.exact_match(b, a)
-    assert scorers.exact_match(a, a) == 1
+    assert text_scorers.exact_match(a, b) == text_scorers.exact_match(b, a)
+    assert text_scorers.exact_match(a, a) == 1
     plain = "".join(c for c in a if c.isascii() and c.isprintable())
-    assert scorers.exact_match(f"  {plain.upper()}. ", plain) == 1
+    assert text_scorers.exact_match(f"  {plain.upper()}. ", plain) == 1
 
 
 def test_majority_falls_back_from_question_to_category_to_all():
@@ -50,53 +51,53 @@ def test_majority_falls_back_from_question_to_category_to_all():
         question("4", "new one?", "no", "other"),
         question("5", "unseen", "red"),
     ]
-    suffix = tasks.SHORT_ANSWER
+    suffix = question_file.SHORT_ANSWER
     training = [(f"<image>\nwhat colour?{suffix}", "Blue")] * 3 + [("what colour?", "red"), ("what shape?", "circle")]
     training += [("is it red?", "no."), ("is it red?", "yes"), ("unrelated", "no")]
-    table = scorers.fit_majority(questions, training)
+    table = baselines.fit_majority(questions, training)
     assert [table.answer(q) for q in questions] == ["blue", "circle", "no", "blue", "blue"]
-    oracle = scorers.fit_majority(questions)
+    oracle = baselines.fit_majority(questions)
     assert [oracle.answer(q) for q in questions] == ["red", "circle", "no", "no", "red"]
 
 
 def test_chance_is_one_over_the_answers_of_the_category():
     questions = [question(str(i), answer=a) for i, a in enumerate(["red", "Red.", "blue", "green"])]
     questions.append(question("9", answer="yes", category="yesno"))
-    assert scorers.chance(questions) == {"what": 1 / 3, "yesno": 1.0}
+    assert baselines.chance(questions) == {"what": 1 / 3, "yesno": 1.0}
 
 
 @given(st.integers(0, 40), st.integers(0, 40), st.integers(0, 5))
 def test_subsets_are_nested_and_in_file_order(small, more, seed):
     questions = [question(str(i), category="ab"[i % 3 == 0]) for i in range(60)]
-    first = tasks.subset(questions, [("a", small)], seed)
-    second = tasks.subset(questions, [("a", small + more), ("b", 5)], seed)
+    first = question_file.subset(questions, [("a", small)], seed)
+    second = question_file.subset(questions, [("a", small + more), ("b", 5)], seed)
     assert len(first) == min(small, 40) and {q.id for q in first} <= {q.id for q in second}
     assert [int(q.id) for q in second] == sorted(int(q.id) for q in second)
-    assert tasks.subset(questions, (), seed) == questions
+    assert question_file.subset(questions, (), seed) == questions
 
 
 def test_limits_name_the_known_categories():
     with pytest.raises(EvalError, match="'colour', which has no question. Known: what."):
-        tasks.subset([question("1")], [("colour", 3)], 0)
+        question_file.subset([question("1")], [("colour", 3)], 0)
 
 
 @given(st.integers(2, 30), st.integers(0, 9))
 def test_shuffled_images_leave_none_in_place(count, seed):
-    questions = [question(str(i), image=f"{i}.png") for i in range(count)] + [question("t", image=None)]
-    other = tasks.shuffled_images(questions, seed)
-    assert sorted(other.values()) == sorted(other) and all(a != b for a, b in other.items())
+    pictures = [f"{i}.png" for i in range(count)]
+    other = blind.shuffled(pictures * 2, seed)
+    assert sorted(other.values()) == sorted(other) == sorted(pictures) and all(a != b for a, b in other.items())
     with pytest.raises(EvalError, match="two different images"):
-        tasks.shuffled_images(questions[:1], seed)
+        blind.shuffled(pictures[:1] * 2, seed)
 
 
 def test_requests_carry_the_format_once_and_the_marker_only_with_an_image():
-    plain, ready = question("1"), question("2", text="what colour?" + tasks.SHORT_ANSWER)
-    made = [tasks.request(q, tasks.SHORT_ANSWER, "a.png") for q in (plain, ready)]
-    assert {m["messages"][0]["content"] for m in made} == {f"<image>\nwhat colour?{tasks.SHORT_ANSWER}"}
-    blind = tasks.request(plain, tasks.SHORT_ANSWER, None)
+    plain, ready = question("1"), question("2", text="what colour?" + question_file.SHORT_ANSWER)
+    made = [question_file.request(q, question_file.SHORT_ANSWER, "a.png") for q in (plain, ready)]
+    assert {m["messages"][0]["content"] for m in made} == {f"<image>\nwhat colour?{question_file.SHORT_ANSWER}"}
+    blind = question_file.request(plain, question_file.SHORT_ANSWER, None)
     assert blind["images"] == [] and "<image>" not in blind["messages"][0]["content"]
     with pytest.raises(EvalError, match="Did you mean 'vqa'"):
-        tasks.response_format("vqaa")
+        question_file.response_format("vqaa")
 
 
 @pytest.mark.parametrize(
@@ -112,12 +113,12 @@ def test_bad_question_files(tmp_path, line, message):
     path = tmp_path / "test.jsonl"
     path.write_text('{"question_id": 1, "text": "x", "answer": "y"}\n' + line + "\n")
     with pytest.raises(EvalError, match=message):
-        tasks.read_questions(path)
+        question_file.read_questions(path)
 
 
 def test_training_answers_from_conversations_and_question_files(tmp_path):
     turns = [
-        {"from": "human", "value": f"<image>\nwhat colour?{tasks.SHORT_ANSWER}"},
+        {"from": "human", "value": f"<image>\nwhat colour?{question_file.SHORT_ANSWER}"},
         {"from": "gpt", "value": " red"},
         {"from": "human", "value": "is it?"},
         {"from": "gpt", "value": "yes"},
@@ -126,7 +127,7 @@ def test_training_answers_from_conversations_and_question_files(tmp_path):
     (tmp_path / "b.jsonl").write_text(
         json.dumps({"text": "hm?", "answer": "no"}) + "\n\n" + json.dumps({"id": 2}) + "\n"
     )
-    pairs = tasks.read_training_answers([tmp_path / "a.json", tmp_path / "b.jsonl"])
+    pairs = question_file.read_training_answers([tmp_path / "a.json", tmp_path / "b.jsonl"])
     assert pairs == [("what colour?", "red"), ("is it?", "yes"), ("hm?", "no")]
 
 

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.experimental import topologies
 from jax.sharding import PartitionSpec
 
 from jaxvlm.kernels import attention as kernels
@@ -63,7 +62,9 @@ def packed(seed: int, length: int, keys: int, kind: str) -> tuple[jax.Array, jax
     cuts = np.sort(rng.integers(0, length, (2, 6)), axis=1)
     if kind == "long":  # most of a row is one segment: blocks before, within and after what is seen whole
         cuts = np.array([[12, length - 8] + [length] * 4] * 2)
-    ids = jnp.asarray((1 + (np.arange(length)[None, :, None] >= cuts[:, None, :]).sum(-1)) % (3 if kind == "long" else 6))
+    ids = jnp.asarray(
+        (1 + (np.arange(length)[None, :, None] >= cuts[:, None, :]).sum(-1)) % (3 if kind == "long" else 6)
+    )
     start, end = (intervals.bidirectional if kind == "bidirectional" else intervals.causal)(ids)
     if kind == "image":  # 40 tokens that see each other, in whatever segment they begin
         block = (jnp.arange(length) >= 30) & (jnp.arange(length) < 70) & (ids == ids[:, 30:31]) & (ids > 0)
@@ -101,7 +102,9 @@ def compare(shape, inputs, span):
 
 @settings(max_examples=8)
 @given(
-    st.sampled_from(SHAPES), st.integers(0, 10**6), st.sampled_from(["causal", "bidirectional", "window", "image", "any"])
+    st.sampled_from(SHAPES),
+    st.integers(0, 10**6),
+    st.sampled_from(["causal", "bidirectional", "window", "image", "any"]),
 )
 def _values_and_gradients(shape, seed, kind):
     q, k, v, d_out = drawn(seed, shape)
@@ -120,7 +123,11 @@ def test_values_and_gradients_equal_the_reference(interpreted):
 
 @pytest.mark.parametrize(
     ("shape", "kind"),
-    [((420, 420, 1, 2, 128, None), "long"), ((140, 260, 1, 3, 96, None), "any"), ((200, 200, 1, 1, 256, None), "causal")],
+    [
+        ((420, 420, 1, 2, 128, None), "long"),
+        ((140, 260, 1, 3, 96, None), "any"),
+        ((200, 200, 1, 1, 256, None), "causal"),
+    ],
     ids=str,
 )
 def test_more_blocks_than_the_ring_holds_and_wide_heads(shape, kind, interpreted):
@@ -165,9 +172,7 @@ def compiled(sharding, policy, shape):
 
     def loss(q, k, v, ids):
         span = intervals.causal(ids) if keys == length else intervals.full(len(q), length, keys)
-        run = jax.checkpoint(
-            lambda *x: hopper_attention.attention(*x, *span, head_dim**-0.5, softcap), policy=policy
-        )
+        run = jax.checkpoint(lambda *x: hopper_attention.attention(*x, *span, head_dim**-0.5, softcap), policy=policy)
         return jnp.square(run(q, k, v).astype(jnp.float32)).sum()
 
     sizes = (2, length, kv_heads * group, head_dim), *2 * [(2, keys, kv_heads, head_dim)]

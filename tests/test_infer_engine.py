@@ -14,12 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxvlm.config import EvalConfig, MeshConfig, PromptConfig, UserError
+from jaxvlm.data import conversation
 from jaxvlm.data.assets import toy
 from jaxvlm.data.tokenizer import Tokenizer
 from jaxvlm.evals import runner
 from jaxvlm.infer import decoding
-from jaxvlm.infer.answers import RequestError
-from jaxvlm.infer.engine import Engine, bucket, load
+from jaxvlm.infer.answers import RequestError, generate_file
+from jaxvlm.infer.choices import choose_batches, first_tokens, loss_batches
+from jaxvlm.infer.engine import Engine, load
+from jaxvlm.infer.shapes import bucket
+from jaxvlm.main import main
 from jaxvlm.models.vlm import logical_axes
 from jaxvlm.parallel.mesh import make_mesh
 from jaxvlm.parallel.rules import param_shardings
@@ -270,3 +274,103 @@ def test_a_sharded_engine_gives_the_same_answers(engine, requests, answers):
     sharded = Engine(engine.config, engine.prompt, jax.device_put(engine.params, shardings), mesh=mesh)
     assert sharded.generate(requests, max_new_tokens=NEW, batch_size=3) == answers
     assert sharded.fingerprint == engine.fingerprint
+
+
+def test_choosing_by_the_first_token(engine, requests, tmp_path):
+    """The shares are those of the whole prompt's last logits; batches and files give the same."""
+    candidates = ("red", "blue", "green")
+    tokens = [engine.tokenizer.encode(f" {word}")[0] for word in candidates]  # as the template writes answers
+    assert first_tokens(engine, candidates) == tokens
+    found = dict(pair for batch in choose_batches(engine, requests, candidates, batch_size=3) for pair in batch)
+    for index, request in enumerate(requests):
+        logits = engine.logits([request]).values[0, -1][tokens].astype(np.float64)
+        expected = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+        assert np.allclose(found[index], expected, atol=1e-5) and sum(found[index]) == pytest.approx(1)
+    with pytest.raises(RequestError, match="red, red two begin with the same token"):
+        first_tokens(engine, ["red", "red"])
+    asked = [{"question_id": i, "text": "Say a colour.", "candidates": candidates} for i in range(2)]
+    asked.append({"question_id": 2, "text": "Say a colour."})
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(q) + "\n" for q in asked))
+    options = dict(max_new_tokens=NEW, log=lambda text: None)
+    assert generate_file(engine, tmp_path / "q.jsonl", tmp_path / "a.jsonl", **options) == 3
+    made = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert made[0]["probabilities"] == pytest.approx(found[1], abs=1e-5) and "probabilities" not in made[2]
+    assert made[0]["text"] == candidates[int(np.argmax(found[1]))]
+    assert generate_file(engine, tmp_path / "q.jsonl", tmp_path / "a.jsonl", **options) == 0
+
+
+def test_choosing_by_the_loss_of_each_answer(engine, requests, tmp_path):
+    """A loss is the mean over the answer's tokens and its end, from the logits of a conversation that goes on after it."""
+    options = ("red", "a dark blue circle")
+    found = dict(
+        p for b in loss_batches(engine, [{**r, "options": options} for r in requests], batch_size=3) for p in b
+    )
+    template = (engine.tokenizer, engine.prompt.template)
+    for index, request in enumerate(requests):
+        start = int(engine.logits([request]).mask.sum())  # the answer's place, visual tokens counted
+        for words, loss in zip(options, found[index], strict=True):
+            turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": words}]
+            encoded = conversation.encode({"id": 1, "conversations": turns}, *template)
+            answer = encoded.tokens[encoded.weights > 0]
+            longer = [
+                *request["messages"],
+                {"role": "assistant", "content": words},
+                {"role": "user", "content": "And?"},
+            ]
+            logits = engine.logits([{**request, "messages": longer}]).values[0, start - 1 : start - 1 + len(answer)]
+            logits = logits.astype(np.float64)
+            picked = logits[np.arange(len(answer)), answer]
+            assert loss == pytest.approx((np.log(np.exp(logits).sum(-1)) - picked).mean(), abs=1e-4)
+    asked = [{"question_id": i, "text": "Say a colour.", "options": options[:count]} for i, count in enumerate((1, 2))]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(q) + "\n" for q in asked))
+    generate_file(engine, tmp_path / "q.jsonl", tmp_path / "a.jsonl", max_new_tokens=NEW, log=lambda text: None)
+    made = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert made[1]["losses"] == pytest.approx(found[1], abs=1e-5) and made[0]["losses"] == made[1]["losses"][:1]
+    assert made[1]["text"] == options[int(np.argmin(found[1]))]
+
+
+def test_a_benchmark_from_questions_to_score(engine, world, tmp_path, capsys):
+    """The three verbs over a saved model."""
+    save_model(tmp_path / "model", engine.params, engine.config, engine.prompt, {})
+    pictures = sorted((world[1] / "images").iterdir())
+    labels = [{"question_id": i, "image": p.name, "text": "Is it?", "label": "no"} for i, p in enumerate(pictures[:3])]
+    (tmp_path / "pope").mkdir()
+    (tmp_path / "pope" / "coco_pope_random.json").write_text("".join(json.dumps(one) + "\n" for one in labels))
+    images, asked, made = ["--images", str(world[1] / "images")], str(tmp_path / "q.jsonl"), str(tmp_path / "a.jsonl")
+    generate = ["generate", "--run", str(tmp_path / "model"), "--input", asked, *images, "--output", made]
+
+    def verb(name, protocol, *more):
+        about = ["--task", "pope", "--protocol", protocol, "--references", str(tmp_path / "pope")]
+        try:
+            return main(["eval", name, *about, *more])
+        except SystemExit as stop:
+            return stop.code
+
+    assert verb("questions", "llava15", *images, "--out", asked) == 0 and main(generate) == 0
+    assert verb("score", "llava15", "--answers", made, "--out", str(tmp_path / "score.json")) == 0
+    result = json.loads((tmp_path / "score.json").read_text())
+    assert (result["headline"], result["n"], result["model"]) == ("f1", 3, engine.fingerprint)
+    assert result["prompts_as_asked"] == "3 of 3" and len(result["prompt"]) == 16
+    more = [
+        "--run",
+        str(tmp_path / "model"),
+        "--blind",
+        "gray",
+        "--out",
+        str(tmp_path / "all"),
+        "--max_new_tokens",
+        "4",
+    ]
+    for _ in range(2):  # the second time every answer is there
+        assert verb("benchmark", "llava15", *images, *more) == 0
+    shown = capsys.readouterr().out
+    assert "sighted: pope, llava15: f1" in shown and "What seeing is worth:" in shown and "3 already answered" in shown
+    blind = json.loads((tmp_path / "all" / "gray-result.json").read_text())
+    assert blind["blind"] == "gray" and blind["prompts_as_asked"] == "3 of 3"
+    assert verb("benchmark", "llava15", *images, *more[:2], *more[4:], "--limit", "2") == 0
+    assert "questions       2," in capsys.readouterr().out
+    assert verb("benchmark", "official", *images, *more, "--limit", "2") == 1
+    assert "sighted-answers.jsonl answers another prompt to random/" in capsys.readouterr().err
+    # Prismatic's candidates: this small tokenizer spells both, so that it is refused.
+    assert verb("questions", "prismatic", *images, "--out", asked) == 0 and main([*generate[:-1], made + "2"]) == 1
+    assert "Yes, No two begin with the same token" in capsys.readouterr().err

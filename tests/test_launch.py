@@ -64,7 +64,7 @@ def test_help(place, script):
         ("job.sh", ["--config", "c.py"], "'--config'"),
         ("job.sh", ["--flags"], "--flags needs a value"),
         ("job.sh", ["--flags", "v99", "--", "x"], "v4, v5e, v5p, v6e, a100, h100"),
-        ("install.sh", ["tpu;ls"], "tpu,data"),
+        ("install.sh", ["tpu;ls"], "tpu,data,gcs"),
         ("tpu_vm.sh", [*TPU], "Give a command"),
         ("tpu_vm.sh", ["crate", *TPU], "no command 'crate'"),
         ("tpu_vm.sh", ["create", "--name", "x", "--zone", "z"], "--type"),
@@ -108,7 +108,7 @@ def test_one_slice(place):
     revision = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=place.clone, text=True).strip()
     assert bundle[0] == "git" and bundle[-2:] == [copy[5], "HEAD"] and revision in copy[5]
     assert copy[6:] == ["llava:jaxvlm.bundle", "--zone=us-west4-a", "--quiet", "--worker=all"]
-    assert f"--detach {revision} && bash launch/install.sh tpu,data && {{ mount 'a b'; }}" in install[-1]
+    assert f"--detach {revision} && bash launch/install.sh tpu,data,gcs && {{ mount 'a b'; }}" in install[-1]
     [logs] = printed(place.run("tpu_vm.sh", "logs", *TPU, "--worker", "3", "--ssh-flag=--internal-ip", "--dry-run"))
     assert logs[3:] == ["tpu-vm", "ssh", "llava", *where[:1], "--quiet", "--worker=3", "--internal-ip", logs[-1]]
     assert not place.noted("gcloud")
@@ -153,9 +153,9 @@ def test_dry_run_of_a_babysitter(place):
 
 
 def test_dry_run_of_an_installation(place):
-    lines = printed(place.run("install.sh", "--dry-run", "cuda13,data"))
+    lines = printed(place.run("install.sh", "--dry-run", "cuda13,data,gcs"))
     assert [line[:2] for line in lines] == [["uv", "venv"], ["uv", "pip"], [".venv/bin/python", "-c"]]
-    assert lines[1][-1] == ".[cuda13,data]" and lines[2][2].startswith("import jaxvlm")
+    assert lines[1][-1] == ".[cuda13,data,gcs]" and lines[2][2].startswith("import jaxvlm")
     assert not place.noted("uv")
 
 
@@ -268,7 +268,7 @@ def test_from_nothing_to_done(place):
     clone = place.logs / "homes" / "llava-1" / "1" / "jaxvlm"
     revision = ["git", "rev-parse", "HEAD"]
     assert subprocess.check_output(revision, cwd=clone) == subprocess.check_output(revision, cwd=place.clone)
-    assert any("-e .[tpu,data]" in " ".join(call) for call in place.noted("uv"))
+    assert any("-e .[tpu,data,gcs]" in " ".join(call) for call in place.noted("uv"))
 
 
 def test_a_preemption_and_a_75(place):

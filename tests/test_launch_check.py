@@ -114,7 +114,7 @@ def test_what_was_not_given_is_said(capsys):
         (
             [*TINY, "--config.stages[0].batch_size=12"],
             "devices",
-            "has a batch_size of 12, on this mesh it must divide by 8",
+            "batch_size = 12 rows in 1 micro-batches do not divide over data x fsdp = 1 x 8",
         ),
         ([*TINY, "--config.init.llm=weights/none"], "data", "config.init.llm is 'weights/none', which is not there"),
         ([*TINY, "--config.stages[0].data.sources[0].path=none.json"], "data", "none.json"),

@@ -142,7 +142,7 @@ def test_dockerfile():
     finally:
         setuptools.setup = original
     named = re.findall(r"EXTRAS=([a-z0-9,-]+)", text + (LAUNCH / "gke_jobset.yaml").read_text())
-    named += [SKY["envs"]["EXTRAS"], "tpu,data"]
+    named += [SKY["envs"]["EXTRAS"], "tpu,data,gcs"]
     assert {extra for group in named for extra in group.split(",")} <= set(setup["extras_require"])
 
 

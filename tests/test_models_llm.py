@@ -13,7 +13,7 @@ from hf_copy import random_params, randomise
 from jaxvlm.config import ConfigError, LLMConfig, LoRAConfig, ModelConfig, RopeScalingConfig, VisionConfig
 from jaxvlm.kernels import intervals
 from jaxvlm.models.lora import merge_lora
-from jaxvlm.models.vlm import VLM, abstract_params, head_kernel, init_cache, logical_axes
+from jaxvlm.models.vlm import VLM, abstract_params, init_cache, logical_axes
 from jaxvlm.parallel.rules import logical_rules
 from jaxvlm.train.step import loss_sums
 
@@ -270,7 +270,7 @@ def test_tied_head_is_the_transposed_embedding():
     hidden = np.random.default_rng(0).normal(size=(2, 24)).astype(np.float32)
     close(
         VLM(config).apply({"params": params}, hidden, method="logits"),
-        hidden @ np.asarray(head_kernel(params)),
+        hidden @ np.asarray(params["llm"]["embed"]["embedding"]).T,
     )
 
 

@@ -281,7 +281,14 @@ def run_stage(world, config: OptimizerConfig, directory, model=None, params=None
     with jax.set_mesh(mesh):
         params = jax.tree.map(jnp.asarray, random_params(model) if params is None else params)
         trained, _ = train_stage(
-            stage, model, params, loader, mesh, directory / "stages" / "0", CheckpointConfig(every_steps=2, keep=9)
+            stage,
+            model,
+            params,
+            loader,
+            mesh,
+            directory,
+            directory / "stages" / "0",
+            CheckpointConfig(every_steps=2, keep=9),
         )
         return flat(jax.device_get(trained))
 

@@ -213,6 +213,25 @@ def test_parameters_and_state_are_exact(report):
     )
 
 
+def test_activations_grow_with_what_remat_keeps():
+    """With `full` the layers keep their inputs and no more: 100 layers more are 100 inputs more. Others keep more."""
+
+    def kept(remat: str, depth: int, accumulate: int = 1) -> int:
+        config = load_config(
+            f"{CONFIGS}/llava15.py:tiny", [f"--config.model.remat={remat}", f"--config.model.llm.depth={depth}"]
+        )
+        stage = dataclasses.replace(config.stages[1], batch_size=8, accumulate=accumulate)
+        mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), jax.devices())
+        state, _ = plan.abstract_state(config, stage, mesh)
+        return plan.activations(config, stage, state, mesh, 1)
+
+    length, width = load_config(f"{CONFIGS}/llava15.py:tiny").prompt.length, 64
+    one_input = 8 * length * width * 4 // 4  # float32, over data x fsdp
+    assert kept("full", 103) - kept("full", 3) == pytest.approx(100 * one_input, rel=1e-5)  # and a byte of the loop's
+    assert kept("full", 3) < kept("dots", 3) < kept("none", 3)
+    assert kept("full", 103, accumulate=2) - kept("full", 3, accumulate=2) == pytest.approx(50 * one_input, rel=1e-5)
+
+
 def test_the_steps_are_those_of_an_epoch(report):
     align, instruct = report["stages"]
     assert (align["samples"], align["steps"]) == (558_128, 69_766)

@@ -94,6 +94,14 @@ def test_a_signal_in_the_only_process_stops_at_once():
         assert stop.agreed(3) and stop.signum == signal.SIGTERM
 
 
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_a_process_that_a_peer_has_told_to_stop_changes_nothing(signum):
+    with processes.StopRequest("test").listening() as stop:
+        stop.signum = signal.SIGTERM  # as `agreed` finds it, published by the peer
+        os.kill(os.getpid(), signum)
+        assert stop.agreed(3) and stop.signum == signal.SIGTERM
+
+
 def state(scale: float = 1.0, mesh=None) -> TrainState:
     weights = {"llm": {"kernel": scale * jnp.arange(64.0).reshape(8, 8)}}
     sharding = NamedSharding(mesh or make_mesh(MeshConfig()), PartitionSpec("fsdp"))

@@ -115,3 +115,43 @@ def test_a_finished_run_is_not_trained_again(config_file, uninterrupted):
     assert output.count("resuming from step 40") == 2
     for path, leaf in parameters(uninterrupted).items():
         np.testing.assert_array_equal(before[path], leaf)
+
+
+REPEATED = """
+import os, signal, sys
+from jaxvlm.main import main
+from jaxvlm.train.checkpoint import StageCheckpointer
+from jaxvlm.train.metrics import Meter
+
+add, finish, stopping = Meter.add, StageCheckpointer._finish, False
+
+def signalled_add(self, step, *more):
+    global stopping
+    add(self, step, *more)
+    if step == 12:
+        stopping = True
+        os.kill(os.getpid(), signal.SIGTERM)
+
+def signalled_finish(self):
+    if stopping:
+        print("again while saving", flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+    finish(self)
+
+Meter.add, StageCheckpointer._finish = signalled_add, signalled_finish
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_signals_repeated_while_saving_do_not_cost_the_save(config_file, uninterrupted, tmp_path):
+    workdir = tmp_path / "run"
+    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", REPEATED, "--config", str(config_file), "--workdir", str(workdir)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "again while saving" in done.stdout and "after step 12 of 40; everything is saved" in done.stdout
+    output, _ = start(config_file, workdir).communicate(timeout=300)
+    assert "resuming from step 12" in output
+    for path, leaf in parameters(uninterrupted).items():
+        np.testing.assert_array_equal(parameters(workdir)[path], leaf, err_msg=path)

@@ -98,29 +98,29 @@ def without_remat(world):
 
 
 def run_remat(world, name):
-    """Loss, gradients of everything (both towers have a policy), and the compiled program."""
+    """Loss, gradients of everything (both towers have a policy), and how many bytes are kept for them."""
     model = VLM(dataclasses.replace(world.model, remat=name))
     batch, params = next(batches(world, True, 2)), random_params(world.model)
 
     def loss(params):
         return loss_sums(model, params, batch, batch["loss_weights"], 1)[0]
 
-    compiled = jax.jit(jax.value_and_grad(loss)).lower(params).compile()
-    return (*jax.device_get(compiled(params)), compiled)
+    kept = jax.tree.leaves(jax.eval_shape(lambda params: jax.vjp(loss, params)[1], params))
+    return *jax.device_get(jax.jit(jax.value_and_grad(loss))(params)), sum(x.size * x.dtype.itemsize for x in kept)
 
 
-@pytest.mark.parametrize("name", REMAT_POLICIES)
+@pytest.mark.parametrize("name", sorted(REMAT_POLICIES.keys() - {"none"}))
 def test_remat_policies_change_no_gradient(world, without_remat, name):
-    loss, grads, compiled = run_remat(world, name)
-    expected, expected_grads, plain = without_remat
+    loss, grads, kept = run_remat(world, name)
+    expected, expected_grads, everything = without_remat
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     assert_trees_close(grads, expected_grads, 1e-5)
-    assert compiled.cost_analysis()["flops"] > plain.cost_analysis()["flops"]  # it does recompute
+    assert kept < everything
 
 
 def test_an_unknown_remat_policy_is_named(world):
     with pytest.raises(
-        ConfigError, match="model.remat must be one of full, attention, offload, dots or none, not 'most'"
+        ConfigError, match="model.remat must be one of full, attention, offload, dots, none, not 'most'"
     ):
         run_remat(world, "most")
 

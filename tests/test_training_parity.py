@@ -101,9 +101,8 @@ def test_thirty_steps_equal_torch(reference, tmp_path, name, file, template, tra
     loader = Loader(stage.data, prompt, model, batch_size=4, steps=STEPS, seed=0)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh):
-        trained, _ = train_stage(
-            stage, model, params, loader, mesh, tmp_path / "run" / "stages" / name, CheckpointConfig()
-        )
+        run = tmp_path / "run"
+        trained, _ = train_stage(stage, model, params, loader, mesh, run, run / "stages" / name, CheckpointConfig())
     ours = [entry["loss"] for entry in read_metrics(tmp_path / "run" / "metrics.jsonl")]
 
     oracle = transformers.LlavaForConditionalGeneration.from_pretrained(reference)

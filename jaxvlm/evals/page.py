@@ -57,7 +57,12 @@ def _results(report: dict) -> str:
     if not report["eval"]:
         return '<section aria-labelledby="results"><h2 id="results">Results</h2><p>Nothing was evaluated.</p></section>'
     info = report["eval_info"]
-    blind = {"noimage": "the image is withheld", "shuffle": "another test image is shown"}.get(info.get("blind"), "")
+    ways = {
+        "noimage": "the image is withheld",
+        "shuffle": "another test image is shown",
+        "gray": "a grey image is shown",
+    }
+    blind = ways.get(info.get("blind"), "")
     notes = [
         "Exact match after stripping blanks, case and a final period.",
         f"Whiskers: {escape(info.get('interval', '95 % interval'))}.",

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from jaxvlm.config import EvalConfig
-from jaxvlm.evals import scorers, statistics, tasks
-from jaxvlm.evals.tasks import EvalError, Question
+from jaxvlm.evals import baselines, question_file, statistics
+from jaxvlm.evals.blind import picture_of
+from jaxvlm.evals.question_file import EvalError, Question
+from jaxvlm.evals.scorers.text import exact_match
 from jaxvlm.infer.answers import Progress, append_records, read_records
 from jaxvlm.infer.engine import Engine
-
-BLIND_MODES = ("", "noimage", "shuffle")
 
 
 def run(
@@ -31,28 +31,23 @@ def run(
 
     `scores` maps each category, and 'all', to sighted, blind, majority and chance accuracy (fractions), n, and 95 %
     intervals (bootstrap over images). `training` holds (question, answer) pairs for the majority baseline
-    (`tasks.read_training_answers`); without it the test answers serve and `info` says so.
+    (`question_file.read_training_answers`); without it the test answers serve and `info` says so.
     Answers go to `workdir/answers-{mode}.jsonl` as they come; a second call answers only what is missing. Raises
     `EvalError` if such a file was written by another model or prompt, unless `overwrite`.
     """
-    if config.blind not in BLIND_MODES:
-        raise EvalError(f"eval.blind '{config.blind}' is not one of '', 'noimage', 'shuffle'.")
-    everything = tasks.read_questions(config.path, config.images)
+    everything = question_file.read_questions(config.path, config.images)
     if any(question.category == "all" for question in everything):
         raise EvalError(f"{config.path}: 'all' cannot be a category, it is the name of the total.")
-    questions = tasks.subset(everything, config.limits, seed)
+    questions = question_file.subset(everything, config.limits, seed)
     log(f"Evaluating {len(questions)} of {len(everything)} questions of {config.path}.")
     common = (engine, config, questions, Path(workdir), seed, overwrite, log)
+    # Images are exchanged within the whole file, so that a question's wrong image is the same in every subset and a larger
+    # subset can go on with a smaller one's answers.
+    pictures = [question.image for question in everything if question.image]
+    shown = picture_of(config.blind, pictures, seed, Path(), Path(workdir))
     sighted = _answers("sighted", lambda question: question.image, *common)
-    blind = None
-    if config.blind == "noimage":
-        blind = _answers("noimage", lambda question: None, *common)
-    elif config.blind == "shuffle":
-        # The cycle runs through the images of the whole file, so that a question's wrong image is the same in
-        # every subset and a larger subset can go on with a smaller one's answers.
-        other = tasks.shuffled_images(everything, seed)
-        blind = _answers("shuffle", lambda question: other.get(question.image), *common)
-    majority = scorers.fit_majority(questions, training)
+    blind = _answers(config.blind, lambda question: shown(question.image), *common) if config.blind else None
+    majority = baselines.fit_majority(questions, training)
     return {
         "scores": score(questions, sighted["texts"], blind and blind["texts"], majority, seed=seed),
         "samples": draw_samples(questions, sighted["texts"], config.samples, seed),
@@ -85,7 +80,7 @@ def _answers(
     path = workdir / f"answers-{mode}.jsonl"
     if overwrite:
         path.unlink(missing_ok=True)
-    suffix = tasks.response_format(config.task)
+    suffix = question_file.response_format(config.task)
     key = answer_key(engine, config, suffix, mode, seed)
     done = _resume(path, key)
     todo = [question for question in questions if question.id not in done]
@@ -93,7 +88,7 @@ def _answers(
     for question in todo:
         alike.setdefault((question.text, image_of(question)), []).append(question)
     groups = list(alike.values())
-    requests = [tasks.request(group[0], suffix, image_of(group[0])) for group in groups]
+    requests = [question_file.request(group[0], suffix, image_of(group[0])) for group in groups]
     progress = Progress(f"eval {mode}", len(todo), log)
     if len(todo) < len(questions):
         log(f"eval {mode}: {len(questions) - len(todo)} answers found in {path}.")
@@ -159,19 +154,19 @@ def score(
     questions: Sequence[Question],
     sighted: Sequence[str],
     blind: Sequence[str] | None,
-    majority: scorers.Majority,
+    majority: baselines.Majority,
     *,
     seed: int = 0,
 ) -> dict[str, dict]:
     """Accuracy by category and for 'all', with intervals; needs no model, so saved answers can be scored again."""
     truth = [question.answer for question in questions]
-    right = np.array([scorers.exact_match(text, answer) for text, answer in zip(sighted, truth, strict=True)])
-    prior = np.array([scorers.exact_match(majority.answer(question), question.answer) for question in questions])
-    guess = scorers.chance(questions)
+    right = np.array([exact_match(text, answer) for text, answer in zip(sighted, truth, strict=True)])
+    prior = np.array([exact_match(majority.answer(question), question.answer) for question in questions])
+    guess = baselines.chance(questions)
     lucky = np.array([guess[question.category] for question in questions])
     unseen = None
     if blind is not None:
-        unseen = np.array([scorers.exact_match(text, answer) for text, answer in zip(blind, truth, strict=True)])
+        unseen = np.array([exact_match(text, answer) for text, answer in zip(blind, truth, strict=True)])
     groups = np.array([question.image or question.id for question in questions])
     names = np.array([question.category for question in questions])
     scores = {}
@@ -216,7 +211,7 @@ def draw_samples(questions: Sequence[Question], texts: Sequence[str], count: int
             "question": questions[index].text,
             "prediction": texts[index],
             "answer": questions[index].answer,
-            "right": bool(scorers.exact_match(texts[index], questions[index].answer)),
+            "right": bool(exact_match(texts[index], questions[index].answer)),
         }
         for index in drawn
     ]

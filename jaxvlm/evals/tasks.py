@@ -1,166 +1,468 @@
-"""Question files: reading them, drawing subsets, and turning a question into a request.
+"""The benchmarks: what each reads, and under which protocols it is asked and scored.
 
-A question file is JSONL in LLaVA's form with the truth beside it:
-`{"question_id", "image", "text", "answer", "category"}`; `image` may be absent for a text-only question.
+A score is (questions, prompt, rewriting, reading of the answer, aggregate). Papers differ in all of them, so a task has
+named protocols: `llava15`, `prismatic` and `cambrian` as those papers evaluate, `official` as the benchmark's own code
+does, `jaxvlm` where ours is the only reading of generated text. Sources: reference scripts named in evaluation §1.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
-import re
-import zlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from jaxvlm.config import SourceConfig, UserError
-from jaxvlm.data import DataError
-from jaxvlm.data.sources import open_source
-
-# The response formats of LLaVA-1.5 (recipes §1.2 P9). A question that already carries its format is left alone.
-SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
-OPTION_LETTER = "\nAnswer with the option's letter from the given choices directly."
-FORMATS = {"vqa": SHORT_ANSWER, "multiple_choice": OPTION_LETTER, "open": ""}
-IMAGE_MARK = "<image>"
-
-
-class EvalError(UserError):
-    """An evaluation that cannot be run as asked; the message names the file or record and the fix."""
+from jaxvlm.evals import aggregates, prompts, readers
+from jaxvlm.evals.aggregates import Aggregate, overall
+from jaxvlm.evals.prompts import Prompt
+from jaxvlm.evals.question_file import EvalError
+from jaxvlm.evals.readers import Complete, collector_paused, named
+from jaxvlm.evals.scorers import Record, Scored, boxes, captions, choice, judged, text, vqa, yesno
+from jaxvlm.evals.scorers.normalise import evalai
 
 
 @dataclass(frozen=True)
-class Question:
-    """One test question; `image` is the path of its picture, or None."""
+class Protocol:
+    """How one paper asks and scores a task.
 
-    id: str
-    image: str | None
-    text: str
-    answer: str
-    category: str
-
-
-def response_format(task: str) -> str:
-    """The text that the task adds to a question. Raises `EvalError` for an unknown task."""
-    if task in FORMATS:
-        return FORMATS[task]
-    near = difflib.get_close_matches(task, FORMATS, n=1)
-    hint = f"Did you mean '{near[0]}'?" if near else f"Tasks: {', '.join(FORMATS)}."
-    raise EvalError(f"eval.task '{task}' is not known. {hint}")
-
-
-def read_questions(path: str | Path, images: str | Path = "") -> list[Question]:
-    """Reads a question file; image paths are joined to the folder `images`.
-
-    Raises `EvalError` naming the file and line for bad JSON, a missing field, a repeated id or a missing image.
+    `headline` is the aggregate's number that the paper prints; `takes` is what the scorer looks at in a prediction: `text`,
+    what the model wrote; `probabilities`, one for each of `candidates` as the first token; `losses`, one for each option's
+    text; `judgement`, another model's ratings.
     """
+
+    prompt: Prompt
+    scorer: Callable[[Record, Record], Scored]
+    headline: str = "accuracy"
+    aggregate: Aggregate | None = None  # None: the task's own
+    rewrite: Callable[[str], str] | None = None  # of the model's text, before it is scored or submitted
+    takes: str = "text"
+    candidates: tuple[str, ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A benchmark: its reader, its protocols, and the sizes by which its splits are known."""
+
+    title: str
+    files: str
+    read: Callable[..., list[dict]]
+    protocols: Mapping[str, Protocol]
+    aggregate: Aggregate = field(default_factory=overall)
+    complete: Complete = named()
+    splits: Mapping[str, int] = field(default_factory=dict)  # name: how many questions
+    split_in_files: bool = False  # the files hold several splits: the reader takes the split's name
+
+
+TABLE = "the Hub's table, as .jsonl, .json, .tsv or .csv"
+ask = prompts.asked
+short = prompts.short
+letter = prompts.choices()
+letter_options = prompts.choices(head=" Options:")  # Cambrian's
+box = prompts.box
+
+
+def _mmbench(title: str, suffix: str) -> Task:
+    official = Protocol(prompts.choices(suffix), choice.mmbench, "circular", note="rules only: no model is asked")
+    return Task(
+        title,
+        "mmbench_*.tsv",
+        readers.table,
+        {
+            "official": official,
+            "llava15": official,
+            "cambrian": Protocol(prompts.choices(suffix, " Options:"), choice.cambrian, "circular"),
+        },
+        aggregates.circular,
+        readers.mmbench_fields,
+    )
+
+
+def _refcoco(title: str, sentences: int) -> Task:
+    return Task(
+        title,
+        "a folder with refs(*).p and instances.json",
+        readers.refcoco,
+        {
+            "official": Protocol(box, boxes.refcoco),
+            "prismatic": Protocol(box, boxes.refcoco_prismatic, note="truth rounded to two decimals"),
+            "llava15": Protocol(box, boxes.refcoco_padded, note="not in the paper; boxes in the square-padded frame"),
+        },
+        overall(value="accuracy"),
+        splits={"val": sentences},
+        split_in_files=True,
+    )
+
+
+def _anls(title: str, files: str, suffix: str, splits: Mapping[str, int]) -> Task:
+    return Task(
+        title,
+        files,
+        readers.data_list,
+        {
+            "official": Protocol(ask, text.anls, "anls"),
+            "cambrian": Protocol(
+                prompts.with_suffix(suffix), text.anls, "anls", note="the paper submits to the server"
+            ),
+        },
+        overall(value="anls"),
+        splits=splits,
+    )
+
+
+def _llava_bench(title: str, files: str, count: int) -> Task:
+    protocol = Protocol(prompts.bench, judged.llava_bench, "relative", takes="judgement")
+    return Task(
+        title,
+        files,
+        readers.llava_bench,
+        {"official": protocol, "llava15": protocol},
+        aggregates.llava_bench,
+        splits={"all": count},
+    )
+
+
+def _textvqa(title: str, protocols: dict[str, Protocol]) -> Task:
+    files = "TextVQA_0.5.1_val.json (and *OCR*.json beside it)"
+    return Task(
+        title, files, readers.textvqa, protocols, complete=readers.textvqa_fields, splits={"val": 5_000, "test": 5_734}
+    )
+
+
+TASKS: dict[str, Task] = {
+    "vqav2": Task(
+        "VQAv2",
+        "a folder with *questions.json and *annotations.json",
+        readers.vqav2,
+        {
+            "official": Protocol(ask, vqa.vqav2),
+            "llava15": Protocol(short, vqa.vqav2, rewrite=evalai, note="the paper: test-dev, on the server"),
+            "prismatic": Protocol(short, vqa.vqav2_prismatic),
+        },
+        overall("answer_type"),
+        readers.vqav2_fields,
+        {"val": 214_354},
+    ),
+    "gqa": Task(
+        "GQA",
+        "testdev_balanced_questions.json",
+        readers.gqa,
+        {
+            "official": Protocol(ask, vqa.gqa),
+            "llava15": Protocol(short, vqa.gqa, rewrite=vqa.gqa_rewrite_llava),
+            "prismatic": Protocol(short, vqa.gqa, rewrite=vqa.gqa_rewrite_prismatic),
+            "cambrian": Protocol(short, vqa.gqa_cambrian),
+        },
+        aggregates.gqa,
+        readers.gqa_fields,
+        {"testdev_balanced": 12_578},
+    ),
+    "vizwiz": Task(
+        "VizWiz",
+        "val.json",
+        readers.read_lines,
+        {
+            "official": Protocol(ask, vqa.vizwiz_accuracy),
+            "llava15": Protocol(
+                prompts.vizwiz, vqa.vizwiz_accuracy, rewrite=evalai, note="the paper: test, on the server"
+            ),
+            "prismatic": Protocol(prompts.vizwiz, vqa.vizwiz_accuracy),
+            "cambrian": Protocol(prompts.vizwiz, vqa.textvqa, aggregate=overall(), note="by TextVQA's scorer"),
+        },
+        aggregates.vizwiz,
+        named(id="{image}"),
+        {"val": 4_319},
+    ),
+    "textvqa": _textvqa(
+        "TextVQA without OCR",
+        {
+            "official": Protocol(ask, vqa.textvqa),
+            "llava15": Protocol(short, vqa.textvqa, note="the paper gives the OCR: textvqa-ocr"),
+            "prismatic": Protocol(short, vqa.textvqa, note="TextVQA-Pure"),
+        },
+    ),
+    "textvqa-ocr": _textvqa(
+        "TextVQA with Rosetta's OCR in the prompt",
+        {
+            "llava15": Protocol(prompts.textvqa_ocr("Reference OCR token:"), vqa.textvqa),
+            "prismatic": Protocol(prompts.textvqa_ocr("Reference OCR token:"), vqa.textvqa, note="TextVQA-OCR"),
+            "cambrian": Protocol(prompts.textvqa_ocr("Reference OCR tokens:"), vqa.textvqa),
+        },
+    ),
+    "pope": Task(
+        "POPE",
+        "a folder with coco_pope_*.json",
+        readers.pope,
+        {
+            "official": Protocol(ask, yesno.pope, "f1"),
+            "llava15": Protocol(
+                short, yesno.pope, "f1", note="mean of the three F1s; the paper's random split has 2,910"
+            ),
+            "prismatic": Protocol(
+                short,
+                yesno.pope_prismatic,
+                "accuracy",
+                aggregates.pope_prismatic,
+                takes="probabilities",
+                candidates=("Yes", "No"),
+            ),
+            "cambrian": Protocol(short, yesno.pope_cambrian, "accuracy", overall("category")),
+        },
+        aggregates.pope,
+        readers.pope_fields,
+        {"adversarial+popular+random": 9_000, "adversarial+popular+random of 2,910": 8_910},
+    ),
+    "mme": Task(
+        "MME",
+        "a folder of {task}.txt, or a folder per task",
+        readers.mme,
+        {
+            "official": Protocol(ask, yesno.mme, "perception"),
+            "llava15": Protocol(prompts.mme, yesno.mme, "perception"),
+            "cambrian": Protocol(short, yesno.mme_cambrian, "perception"),
+        },
+        aggregates.mme,
+        readers.mme_fields,
+        {"all": 2_374},
+    ),
+    "scienceqa": Task(
+        "ScienceQA",
+        "a folder with problems.json and pid_splits.json",
+        readers.scienceqa,
+        {
+            "llava15": Protocol(prompts.scienceqa, choice.scienceqa, "image_accuracy"),
+            "cambrian": Protocol(prompts.scienceqa_cambrian, choice.scienceqa_cambrian, "image_accuracy"),
+        },
+        aggregates.scienceqa,
+        splits={"test": 4_241},
+        split_in_files=True,
+    ),
+    "mmbench": _mmbench("MMBench, English", prompts.LETTER),
+    "mmbench-cn": _mmbench("MMBench, Chinese", prompts.CHINESE_LETTER),
+    "seed-bench": Task(
+        "SEED-Bench",
+        "SEED-Bench.json",
+        readers.seed,
+        {
+            "official": Protocol(ask, choice.likelihood, takes="losses"),
+            "llava15": Protocol(letter, choice.exact_letter),
+            "cambrian": Protocol(letter_options, choice.cambrian, "accuracy/image"),
+        },
+        aggregates.seed,
+        readers.seed_fields,
+        {"image+video": 19_242, "image": 14_232},
+    ),
+    "mm-vet": Task(
+        "MM-Vet",
+        "mm-vet.json",
+        readers.mmvet,
+        {
+            "official": Protocol(ask, judged.mmvet, "total", takes="judgement"),
+            "llava15": Protocol(ask, judged.mmvet, "total", takes="judgement"),
+            "cambrian": Protocol(short, judged.mmvet, "total", takes="judgement"),
+        },
+        aggregates.mmvet,
+        named(image="{imagename}"),
+        {"all": 218},
+    ),
+    "llava-bench-wild": _llava_bench(
+        "LLaVA-Bench (In-the-Wild)", "a folder with questions.jsonl, context.jsonl and answers_gpt4.jsonl", 60
+    ),
+    "llava-bench-coco": _llava_bench(
+        "LLaVA-Bench (COCO)", "a folder with qa90_questions.jsonl, caps_boxes*.jsonl and qa90_gpt4_answer.jsonl", 90
+    ),
+    "refcoco": _refcoco("RefCOCO", 10_834),
+    "refcoco+": _refcoco("RefCOCO+", 10_758),
+    "refcocog": _refcoco("RefCOCOg", 4_896),
+    "ocid-ref": Task(
+        "OCID-Ref",
+        "val.json",
+        readers.ocid_ref,
+        {"prismatic": Protocol(box, boxes.ocid_ref, note="IoU 0.25; boxes read as xyxy")},
+        overall("clutter"),
+        readers.ocid_ref_fields,
+        {"val": 18_342},
+    ),
+    "vsr": Task(
+        "VSR",
+        "test.jsonl",
+        readers.read_lines,
+        {
+            "prismatic": Protocol(
+                prompts.true_false, yesno.vsr_prismatic, takes="probabilities", candidates=("True", "False")
+            ),
+            "jaxvlm": Protocol(prompts.true_false, yesno.vsr_text),
+        },
+        aggregates.vsr,
+        splits={"zeroshot test": 1_222},
+    ),
+    "tallyqa": Task(
+        "TallyQA",
+        "test.json",
+        readers.read_lines,
+        {
+            "prismatic": Protocol(
+                letter, choice.counting_prismatic, takes="probabilities", candidates=tuple(choice.LETTERS[:16])
+            ),
+            "jaxvlm": Protocol(short, text.tallyqa_text),
+        },
+        overall("issimple"),
+        readers.tallyqa_fields,
+        {"test": 38_589},
+    ),
+    "ai2d": Task(
+        "AI2D",
+        f"the folder questions/, or {TABLE}",
+        readers.ai2d,
+        {
+            "prismatic": Protocol(
+                letter, choice.diagrams_prismatic, takes="probabilities", candidates=tuple(choice.LETTERS[:4])
+            ),
+            "cambrian": Protocol(letter, choice.diagrams_cambrian),
+        },
+        complete=readers.ai2d_fields,
+        splits={"val+test": 15_501, "test (Hub)": 3_088},
+    ),
+    "mmvp": Task(
+        "MMVP",
+        "Questions.csv",
+        readers.table,
+        {"cambrian": Protocol(letter_options, choice.mmvp, "pair_accuracy", note="the authors' own grader is GPT-4")},
+        aggregates.pairs,
+        readers.mmvp_fields,
+        {"all": 300},
+    ),
+    "cv-bench": Task(
+        "CV-Bench",
+        TABLE,
+        readers.table,
+        {"cambrian": Protocol(prompts.cvbench, choice.cvbench)},
+        aggregates.cvbench,
+        splits={"all": 2_638},
+    ),
+    "realworldqa": Task(
+        "RealWorldQA", TABLE, readers.table, {"cambrian": Protocol(ask, choice.realworldqa)}, splits={"test": 765}
+    ),
+    "chartqa": Task(
+        "ChartQA",
+        f"a folder with test_human.json and test_augmented.json, or {TABLE}",
+        readers.chartqa,
+        {
+            "official": Protocol(ask, text.chartqa),
+            "cambrian": Protocol(prompts.with_suffix(prompts.NUMBER_OR_PHRASE), text.chartqa_cambrian),
+        },
+        overall("type"),
+        readers.chartqa_fields,
+        {"test": 2_500},
+    ),
+    "docvqa": _anls("DocVQA", "val_v1.0*.json", prompts.SHORT_DIRECT, {"val": 5_349}),
+    "infovqa": _anls("InfographicVQA", "infographicsVQA_val_v1.0*.json", prompts.SHORT, {"val": 2_801}),
+    "st-vqa": Task(
+        "ST-VQA",
+        "a .json with a list `data` of question_id, question, answers",
+        readers.data_list,
+        {"official": Protocol(ask, text.stvqa_anls, "anls"), "cambrian": Protocol(short, text.stvqa_anls, "anls")},
+        overall(value="anls"),
+    ),
+    "mmmu": Task(
+        "MMMU",
+        TABLE,
+        readers.table,
+        {
+            "official": Protocol(
+                prompts.mmmu, text.mmmu, note="the prompt is Cambrian's; unreadable choices are guessed"
+            ),
+            "cambrian": Protocol(prompts.mmmu, text.mmmu_cambrian, aggregate=overall("subject")),
+        },
+        aggregates.mmmu,
+        readers.mmmu_fields,
+        {"validation": 900},
+    ),
+    "mathvista": Task(
+        "MathVista",
+        "testmini.json",
+        readers.mathvista,
+        {
+            "official": Protocol(
+                prompts.mathvista_query, text.mathvista, note="answers may carry a judge's `extraction`"
+            ),
+            "cambrian": Protocol(prompts.mathvista, text.mathvista_cambrian),
+        },
+        overall("task", "category"),
+        readers.mathvista_fields,
+        {"testmini": 1_000},
+    ),
+    "mmstar": Task(
+        "MMStar",
+        TABLE,
+        readers.table,
+        {
+            "official": Protocol(prompts.with_suffix(prompts.LETTER), choice.mmstar),
+            "cambrian": Protocol(prompts.with_suffix(prompts.ONLY_LETTER), choice.mmstar_cambrian),
+        },
+        overall("category"),
+        readers.mmstar_fields,
+        {"val": 1_500},
+    ),
+    "ocrbench": Task(
+        "OCRBench",
+        "OCRBench.json",
+        readers.read_lines,
+        {
+            "official": Protocol(ask, text.ocrbench, "points"),
+            "cambrian": Protocol(prompts.with_suffix(prompts.SHORT_DIRECT), text.ocrbench),
+        },
+        aggregates.ocrbench,
+        named(id="{dataset_name}/{id}", image="{image_path}"),
+        {"all": 1_000},
+    ),
+    "chair": Task(
+        "CHAIR, objects hallucinated in captions",
+        "a folder with images.json ({image: objects}) and synonyms.txt",
+        readers.chair,
+        {"official": Protocol(prompts.describe, captions.chair, "chair_i", note="the prompt is ours")},
+        aggregates.chair,
+    ),
+}
+
+
+def find(task: str, protocol: str) -> tuple[Task, Protocol]:
+    """A task and one of its protocols. Raises `EvalError` with the nearest valid name and all of them."""
+    found = find_task(task)
+    return found, _named("protocol", protocol, found.protocols, f" for {task}")
+
+
+def find_task(name: str) -> Task:
+    """The task of that name; errors as `find`."""
+    return _named("task", name, TASKS)
+
+
+def _named(what: str, name: str, known: Mapping, of: str = "") -> Any:
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    raise EvalError(f"There is no {what} '{name}'{of}.{hint} Valid: {', '.join(known)}.")
+
+
+@collector_paused()
+def read_references(task: str, path: str | Path, split: str = "") -> list[dict]:
+    """The reference records of a task from its official files; `split` where the files hold several.
+
+    Raises `EvalError` for an unknown task, a missing or broken file, or records in another form.
+    """
+    found = find_task(task)
     path = Path(path)
-    if not path.is_file():
-        raise EvalError(f"The question file {path} does not exist (eval.path).")
-    questions, seen = [], set()
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        question = _parse(line, f"{path}:{number}", Path(images))
-        if question.id in seen:
-            raise EvalError(f"{path}:{number}: question_id {question.id} occurs twice; ids must be unique.")
-        seen.add(question.id)
-        questions.append(question)
-    if not questions:
-        raise EvalError(f"{path} holds no questions.")
-    return questions
-
-
-def _parse(line: str, where: str, images: Path) -> Question:
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise EvalError(f"{where} is not a line of JSON: {error}.") from None
-    missing = [key for key in ("question_id", "text", "answer") if key not in record]
-    if missing:
-        raise EvalError(f"{where} has no '{missing[0]}'; a question needs question_id, text and answer.")
-    image = record.get("image") or None
-    if image is not None:
-        image = images / image
-        if not image.is_file():
-            raise EvalError(f"{where}: the image {image} does not exist; is eval.images the right folder?")
-    category = str(record.get("category") or "all questions")
-    text = str(record["text"]).replace(IMAGE_MARK, "").strip()
-    return Question(str(record["question_id"]), image and str(image), text, str(record["answer"]), category)
+        records = found.read(path, split) if found.split_in_files and split else found.read(path)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise EvalError(f"{path} is not what {task} reads, {found.files}: {error!r}.") from None
+    if not records:
+        raise EvalError(f"{path} holds no questions{f' of the split {split!r}' if split else ''}.")
+    return readers.completed(records, found.complete)
 
 
-def subset(questions: Sequence[Question], limits: Iterable[tuple[str, int]], seed: int) -> list[Question]:
-    """Draws `limits` = (category, how many) from `questions`, in file order; no limits means all of them.
-
-    A category's questions are shuffled once by the seed and the first `count` taken, so a smaller subset lies inside a
-    larger one and each category's draw does not depend on the other limits. Categories without a limit are left out.
-    """
-    limits = dict(limits)
-    if not limits:
-        return list(questions)
-    kept = set()
-    for category, count in limits.items():
-        members = [i for i, question in enumerate(questions) if question.category == category]
-        if not members:
-            known = ", ".join(sorted({question.category for question in questions}))
-            raise EvalError(f"eval.limits names the category '{category}', which has no question. Known: {known}.")
-        rng = np.random.default_rng([seed, zlib.crc32(category.encode())])
-        kept.update(members[i] for i in rng.permutation(len(members))[:count])
-    return [questions[i] for i in sorted(kept)]
-
-
-def shuffled_images(questions: Sequence[Question], seed: int) -> dict[str, str]:
-    """Maps each image of the test set to another one: a single cycle through all of them, fixed by the seed."""
-    images = sorted({question.image for question in questions if question.image})
-    if len(images) < 2:
-        raise EvalError("eval.blind = 'shuffle' needs at least two different images; use 'noimage'.")
-    order = np.random.default_rng(seed).permutation(len(images))
-    return {images[a]: images[b] for a, b in zip(order, np.roll(order, -1), strict=True)}
-
-
-def request(question: Question, suffix: str, image: str | None) -> dict:
-    """The engine's request for a question; with `image` None the picture and its marker are both withheld."""
-    text = question.text if question.text.endswith(suffix.strip()) else question.text + suffix
-    mark = f"{IMAGE_MARK}\n" if image else ""
-    return {
-        "id": question.id,
-        "messages": [{"role": "user", "content": mark + text}],
-        "images": [image] if image else [],
-    }
-
-
-def read_training_answers(paths: Iterable[str | Path]) -> list[tuple[str, str]]:
-    """The (question, answer) pairs of LLaVA-format training files, without image markers and response formats.
-
-    They feed the question-only majority baseline. Reads any source, and question files; records that training cannot use
-    either (its loader lists them) give none.
-    """
-    pairs = []
-    for path in map(str, paths):
-        source = open_source(SourceConfig(path=path))
-        for i in range(len(source)):
-            try:
-                pairs += _record_pairs(source[i])
-            except (DataError, AttributeError, KeyError, TypeError):
-                continue
-    return pairs
-
-
-def _record_pairs(record: dict) -> list[tuple[str, str]]:
-    if "answer" in record:
-        return [(plain_question(str(record["text"])), str(record["answer"]))]
-    turns = record.get("conversations", [])
-    return [
-        (plain_question(human["value"]), answer["value"].strip())
-        for human, answer in zip(turns[::2], turns[1::2], strict=False)
-    ]
-
-
-def plain_question(text: str) -> str:
-    """A question without its image marker and response format, with single blanks."""
-    text = text.replace(IMAGE_MARK, " ")
-    for suffix in FORMATS.values():
-        text = text.replace(suffix.strip(), " ") if suffix else text
-    return re.sub(r"\s+", " ", text).strip()
+def split_of(task: Task, count: int) -> str:
+    """The split that has this many questions, or that none has."""
+    return next((name for name, size in task.splits.items() if size == count), f"unnamed, {count} questions")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from jaxvlm.infer.engine import Engine
 
 IMAGE_MARK = "<image>"
+CHOOSING = {"candidates", "options"}  # of a record: it is answered by one of these; see `choices`
 
 
 class RequestError(UserError):
@@ -98,8 +99,11 @@ def generate_file(
     """Answers every record of the JSONL file `source` into `out` and returns how many were new.
 
     A record is `{"question_id" | "id", "text", "image"?: path or list of paths}`, paths relative to `images`. An answer
-    is LLaVA's `{"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}`. Records whose id `out` already
-    holds are skipped. Raises `RequestError` for a bad record, or if `out` was written by another model or sampling.
+    is LLaVA's `{"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}`. Where a record has `candidates`, short
+    answers, the likeliest first token's is the text and `probabilities` holds all shares; where it has `options`, the one
+    of least loss is the text and `losses` holds them all; sampling touches neither. Records whose id `out` already holds
+    are skipped. Raises `RequestError` for a bad record, or if `out` was written by another model or sampling, or answers
+    another prompt.
     """
     source, out = Path(source), Path(out)
     requests = read_requests(source, Path(images))
@@ -113,29 +117,45 @@ def generate_file(
                 f"{out} holds answers of another model or other sampling settings ({record.get('metadata')} instead of "
                 f"{metadata}). Name another output file, or delete this one."
             )
-    done = {str(record["question_id"]) for record in answered}
+    done = {str(record["question_id"]): record["prompt"] for record in answered}
     todo = [request for request in requests if str(request["id"]) not in done]
+    for request in requests:
+        if done.get(str(request["id"]), _prompt(request)) != _prompt(request):
+            raise RequestError(
+                f"{out} answers another prompt to {request['id']}: {done[str(request['id'])]!r}, now {_prompt(request)!r}. "
+                "Name another output file, or delete this one."
+            )
     log(f"{source}: {len(requests)} records, {len(requests) - len(todo)} already answered in {out}.")
     progress = Progress("generate", len(todo), log)
-    batches = engine.generate_batches(
-        todo,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        batch_size=batch_size,
-    )
-    for batch in batches:
-        append_records(out, [_answer(todo[index], text, model_id, metadata) for index, text in batch])
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    for batch in _answered(engine, todo, batch_size, sampling):
+        append_records(out, [_answer(request, text, model_id, metadata) | more for request, text, more in batch])
         progress.add(len(batch))
     return len(todo)
+
+
+def _answered(
+    engine: Engine, requests: list[dict], batch_size: int | None, sampling: dict
+) -> Iterator[list[tuple[dict, str, dict]]]:
+    """Batches of (request, its text, what more its record holds), those that choose among answers first."""
+    written = [request for request in requests if not CHOOSING & request.keys()]
+    if len(written) < len(requests):
+        from jaxvlm.infer.choices import choose
+
+        yield from choose(engine, [request for request in requests if CHOOSING & request.keys()], batch_size)
+    for batch in engine.generate_batches(written, batch_size=batch_size, **sampling):
+        yield [(written[index], text, {}) for index, text in batch]
+
+
+def _prompt(request: dict) -> str:
+    return request["messages"][0]["content"].replace(IMAGE_MARK, "").strip()
 
 
 def _answer(request: dict, text: str, model_id: str, metadata: dict) -> dict:
     digest = hashlib.sha256(f"{metadata} {request['id']}".encode()).hexdigest()[:22]
     return {
         "question_id": request["id"],
-        "prompt": request["messages"][0]["content"].replace(IMAGE_MARK, "").strip(),
+        "prompt": _prompt(request),
         "text": text,
         "answer_id": digest,
         "model_id": model_id,
@@ -144,7 +164,7 @@ def _answer(request: dict, text: str, model_id: str, metadata: dict) -> dict:
 
 
 def read_requests(path: Path, images: Path) -> list[dict]:
-    """Reads `{"question_id" | "id", "text", "image"?}` lines into engine requests.
+    """Reads `{"question_id" | "id", "text", "image"?, "candidates"?, "options"?}` lines into engine requests.
 
     Images go in front of a text that has no `<image>` of its own. Raises `RequestError` naming file and line.
     """
@@ -172,5 +192,6 @@ def read_requests(path: Path, images: Path) -> list[dict]:
                 raise RequestError(f"{where}: the image {item} does not exist.")
         text = str(record["text"])
         marks = "" if IMAGE_MARK in text else f"{IMAGE_MARK}\n" * len(paths)
-        requests.append({"id": name, "messages": [{"role": "user", "content": marks + text}], "images": paths})
+        more = {name: tuple(map(str, record[name])) for name in CHOOSING & record.keys()}
+        requests.append({"id": name, "messages": [{"role": "user", "content": marks + text}], "images": paths} | more)
     return requests

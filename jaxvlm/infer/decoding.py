@@ -190,3 +190,22 @@ def all_logits(
         return model.logits(hidden)
 
     return VLM(config).apply({"params": params}, method=run)
+
+
+@partial(jax.jit, static_argnums=0)
+def answer_losses(
+    config: ModelConfig,
+    params: dict,
+    tokens: jax.Array,
+    visual_index: jax.Array,
+    visual: jax.Array | None,
+    blend: tuple[jax.Array, jax.Array] | None,
+    lengths: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+) -> jax.Array:
+    """float32 [B]: Σ w·CE / Σ w of each row, with next tokens `targets` and `weights` [B, P]; the rest as `all_logits`."""
+    logits = all_logits(config, params, tokens, visual_index, visual, blend, lengths)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]  # [B, P]
+    losses = jax.nn.logsumexp(logits, axis=-1) - chosen
+    return (losses * weights).sum(1) / jnp.maximum(weights.sum(1), 1)

@@ -29,7 +29,7 @@ from jaxvlm.data.instruction import instruction_fields, instruction_tokenizer
 from jaxvlm.data.layout import splice
 from jaxvlm.data.tiles import ImagePlan, image_plans, image_tiles, tiling
 from jaxvlm.data.tokenizer import Tokenizer
-from jaxvlm.infer import decoding
+from jaxvlm.infer import decoding, shapes
 from jaxvlm.infer.answers import RequestError
 from jaxvlm.infer.detokenizer import Detokenizer, cut_at
 from jaxvlm.infer.requests import plain
@@ -59,6 +59,9 @@ class Prompt(NamedTuple):
     plans: list[ImagePlan]  # of the images
     instructions: list[np.ndarray]  # of the images, int32 [n], where the connector reads them; otherwise empty
     row: int  # seeds the row's random numbers, whatever batch it lands in
+    answer: tuple[
+        np.ndarray, np.ndarray
+    ]  # next token int32 [n] and its weight float32 [n], which is 0 but in an answer
 
 
 class Engine:
@@ -143,14 +146,42 @@ class Engine:
     ) -> Iterator[list[tuple[int, str]]]:
         """As `generate`, batch by batch as they finish, longest prompts first: lists of (request index, answer)."""
         stops = _stops(stop)
-        prompts = [self._prompt(request, index) for index, request in enumerate(requests)]
-        order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index].tokens))
-        rows = self._rows(len(prompts), batch_size or BATCH_SIZE)
-        for start in range(0, len(order), rows):
-            indices = order[start : start + rows]
-            tokens = self._answer([prompts[i] for i in indices], rows, max_new_tokens, temperature, top_p, seed)
+        for indices, prompts, rows in self._batches(requests, batch_size):
+            tokens = self._answer(prompts, rows, max_new_tokens, temperature, top_p, seed)
             texts = (cut_at(self._decode(row), stops).strip() for row in tokens)
             yield list(zip(indices, texts, strict=True))
+
+    def first_logits(self, requests: Sequence[dict], batch_size: int | None = None) -> Iterator[list]:
+        """As `generate_batches`, with float32 logits [V] of the answer's first token in place of the answer."""
+        for indices, prompts, rows in self._batches(requests, batch_size):
+            with self._on_mesh():
+                inputs, lengths, _ = self._inputs(prompts, rows, 1, 0.0, 1.0, 0)
+                logits, _ = decoding.prefill(
+                    self.config, shapes.slots(inputs[0].shape[1]), self.params, *inputs, lengths
+                )
+            yield list(zip(indices, np.asarray(logits), strict=False))
+
+    def answer_losses(self, requests: Sequence[dict], batch_size: int | None = None) -> Iterator[list]:
+        """As `generate_batches`, of requests that have an `answer`: its tokens' mean cross-entropy, its end's with them."""
+        for indices, prompts, rows in self._batches(requests, batch_size):
+            with self._on_mesh():
+                inputs = self._padded(prompts, rows, left=False)
+                lengths, (targets, weights) = np.zeros(rows, np.int32), np.zeros((2, *inputs[0].shape), np.float32)
+                for row, prompt in enumerate(prompts):
+                    lengths[row] = length = len(prompt.tokens)
+                    targets[row, :length], weights[row, :length] = prompt.answer
+                answers = (lengths, targets.astype(np.int32), weights)
+                losses = decoding.answer_losses(self.config, self.params, *inputs, *answers)
+            yield list(zip(indices, np.asarray(losses).tolist(), strict=False))
+
+    def _batches(self, requests: Sequence[dict], size: int | None) -> Iterator[tuple[list[int], list[Prompt], int]]:
+        """(indices, prompts, rows computed at once), longest prompts first."""
+        prompts = [self._prompt(request, index) for index, request in enumerate(requests)]
+        order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index].tokens))
+        rows = self._rows(len(prompts), size or BATCH_SIZE)
+        for start in range(0, len(order), rows):
+            indices = order[start : start + rows]
+            yield indices, [prompts[i] for i in indices], rows
 
     def stream(
         self,
@@ -177,7 +208,7 @@ class Engine:
             rows = self._rows(1, 1)
             inputs, lengths, sampling = self._inputs([prompt], rows, max_new_tokens, temperature, top_p, seed)
             width = np.int32(inputs[0].shape[1])
-            slots = _slots(int(width) + _capacity(max_new_tokens))
+            slots = shapes.slots(int(width) + shapes.capacity(max_new_tokens))
             logits, cache = decoding.prefill(self.config, slots, self.params, *inputs, lengths)
             token = decoding.first_token(greedy, logits, sampling)
         limit = int(sampling.limits[0])
@@ -233,7 +264,14 @@ class Engine:
     def _prompt(self, request: dict, index: int) -> Prompt:
         name = f"Request {request.get('id', index) if isinstance(request, dict) else index}"
         messages, images = plain(request, name)
-        tokens = conversation.prompt(messages, self.tokenizer, self.prompt.template, self.prompt.layout)
+        style = (self.tokenizer, self.prompt.template, self.prompt.layout)
+        if "answer" in request:
+            said = [*messages, {"role": "assistant", "content": request["answer"]}]
+            encoded = conversation.encode({"id": name, "conversations": said, "image": ["?"] * len(images)}, *style)
+        else:
+            tokens = conversation.prompt(messages, *style)
+            encoded = conversation.Encoded(tokens, np.zeros(len(tokens), np.float32))
+        tokens = encoded.tokens
         if tokens.max() >= self.config.llm.vocab_size:
             raise RequestError(
                 f"{name}: the tokenizer {self.tokenizer.path} gives the token {tokens.max()}, but the model knows "
@@ -249,13 +287,13 @@ class Engine:
                 f"{name} is {length} tokens long{parts}; the model has {limit} positions, and the answer needs some. "
                 "Shorten the conversation (in a chat: /clear)."
             )
-        encoded = conversation.Encoded(tokens, np.zeros(len(tokens), np.float32))
         tile_tokens, bos_id = self.tiling.tile_tokens, self.tokenizer.bos_id
         spliced = splice(encoded, plans, self.prompt.layout, tile_tokens=tile_tokens, bos_id=bos_id)
         row = zlib.crc32(str(request.get("id", index)).encode())
         blend = None if spliced.shares is None else (spliced.corners, spliced.shares)
         asked = self.instructions.encode(messages) if self.instructions else []
-        return Prompt(spliced.tokens, spliced.visual_index, blend, images, plans, asked, row)
+        answer = (spliced.targets, spliced.weights) if "answer" in request else None
+        return Prompt(spliced.tokens, spliced.visual_index, blend, images, plans, asked, row, answer)
 
     def _plans(self, images: Sequence[Any]) -> list[ImagePlan]:
         """The tiles and visual tokens of a request's images; their sizes are looked up only if they matter."""
@@ -271,10 +309,10 @@ class Engine:
         """Token ids of each prompt's answer."""
         with self._on_mesh():
             inputs, lengths, sampling = self._inputs(prompts, rows, max_new_tokens, temperature, top_p, seed)
-            capacity, greedy = _capacity(max_new_tokens), temperature <= 0
-            slots = _slots(inputs[0].shape[1] + capacity)
+            room, greedy = shapes.capacity(max_new_tokens), temperature <= 0
+            slots = shapes.slots(inputs[0].shape[1] + room)
             logits, cache = decoding.prefill(self.config, slots, self.params, *inputs, lengths)
-            out, _ = decoding.decode(self.config, capacity, greedy, self.params, cache, logits, lengths, sampling)
+            out, _ = decoding.decode(self.config, room, greedy, self.params, cache, logits, lengths, sampling)
         return [[int(token) for token in row if token >= 0] for row in np.asarray(out)[: len(prompts)]]
 
     def _inputs(self, prompts: Sequence[Prompt], rows: int, max_new_tokens, temperature, top_p, seed):
@@ -299,7 +337,7 @@ class Engine:
 
         Without any image all but the tokens are None.
         """
-        width = bucket(max(len(prompt.tokens) for prompt in prompts))
+        width = shapes.bucket(max(len(prompt.tokens) for prompt in prompts))
         tokens, index = np.zeros((rows, width), np.int32), np.full((rows, width), -1, np.int32)
         corners, shares = np.zeros((2, rows, width, 4) if self.tiling.blends else (2, 0))
         corners, shares = corners.astype(np.int32), shares.astype(np.float32)
@@ -434,28 +472,6 @@ def load(path: str | os.PathLike, dtype: str | None = "float32", mesh: Mesh | No
     config, prompt, params = load_any(path, dtype=kept, shardings=on_mesh if mesh else None)
     config = config if dtype is None else dataclasses.replace(config, dtype=dtype)
     return Engine(config, prompt, params, mesh=mesh)
-
-
-def bucket(length: int) -> int:
-    """The padded length of a prompt: a multiple of 8 up to 64, then four sizes to every doubling.
-
-    So few programs are compiled, and padding costs a tenth on average.
-    """
-    step = max(8, (1 << (length - 1).bit_length()) // 8)
-    return -(-length // step) * step
-
-
-def _capacity(max_new_tokens: int) -> int:
-    """Slots for the answer: a power of two from 16, so that a few more tokens do not compile anew."""
-    if max_new_tokens < 1:
-        raise RequestError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
-    return max(16, 1 << (max_new_tokens - 1).bit_length())
-
-
-def _slots(length: int) -> int:
-    """Slots of a cache for `length` tokens: a few sizes, each shared by several buckets."""
-    step = max(128, (1 << (length - 1).bit_length()) // 4)
-    return -(-length // step) * step
 
 
 def _stops(stop: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import jax
@@ -53,8 +53,8 @@ def attention(
 
     Grouped queries are native: query head n reads key head `n // (H // K)`. The softmax is float32. A query with an
     empty interval gives zeros and receives and passes on zero gradients; a key that no query sees may hold anything,
-    NaN included. The output carries the checkpoint name 'attention_out' for rematerialisation policies, a kernel's
-    log-sum-exp 'attention_lse': a policy that keeps both never runs a forward kernel again.
+    NaN included. For rematerialisation policies the output carries the checkpoint name 'attention_out' and the scores'
+    log-sum-exp 'attention_lse': with both kept nothing of the forward pass is computed again, but the scores in blocks.
 
     Args:
         q: [B, S, H, h].
@@ -73,8 +73,7 @@ def attention(
     _check_shapes(q, k, v, k_start, k_end)
     k_start, k_end = jnp.maximum(k_start, 0), jnp.minimum(k_end, k.shape[1])
     chosen = _choose(_backend(), jax.typeof(q), jax.typeof(k), implementation)
-    out = chosen.run(q, k, v, k_start, k_end, q.shape[-1] ** -0.5 if scale is None else scale, softcap)
-    return checkpoint_name(out, "attention_out")
+    return chosen.run(q, k, v, k_start, k_end, q.shape[-1] ** -0.5 if scale is None else scale, softcap)
 
 
 @contextmanager
@@ -144,40 +143,92 @@ def _log_choice(backend: str, name: str, passed_over: tuple[str, ...]) -> None:
 
 
 def _xla(q, k, v, k_start, k_end, scale, softcap):
-    """The reference: dense for short sequences, over rematerialised blocks of queries for long ones."""
+    """The reference: dense for short sequences, over blocks of queries for long ones."""
     batch, length, heads, head_dim = q.shape
-    keys, kv_heads = k.shape[1:3]
     q, k, v = without_unseen(q, k, v, k_start, k_end)
-    q = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)  # [B, S, K, G, h]
-
-    blocks = _num_blocks(length, keys)
-    if blocks == 1:
-        return _dense(q, k, v, k_start, k_end, scale, softcap).reshape(batch, length, heads, head_dim)
-
-    size = math.ceil(length / blocks)
-
-    def split(x):  # [B, S, ...] -> [blocks, B, size, ...]; the rows added at the end have empty intervals
-        x = jnp.pad(x, [(0, 0), (0, blocks * size - length)] + [(0, 0)] * (x.ndim - 2))
-        return x.reshape(batch, blocks, size, *x.shape[2:]).swapaxes(0, 1)
-
-    block = jax.checkpoint(lambda each: _dense(each[0], k, v, each[1], each[2], scale, softcap))
-    out = jax.lax.map(block, (split(q), split(k_start), split(k_end)))  # [blocks, B, size, K, G, h]
-    return out.swapaxes(0, 1).reshape(batch, blocks * size, heads, head_dim)[:, :length]
+    grouped = q.reshape(batch, length, k.shape[2], -1, head_dim)  # [B, S, K, G, h]
+    return _softmax_product(grouped, k, v, k_start, k_end, scale, softcap).reshape(q.shape)
 
 
-def _dense(q, k, v, k_start, k_end, scale, softcap):
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _softmax_product(q, k, v, k_start, k_end, scale, softcap):
     """[B, S, K, G, h] queries against [B, T, K, h] keys and values -> [B, S, K, G, h]."""
+    return _forward(q, k, v, k_start, k_end, scale, softcap)[0]
+
+
+def _forward(q, k, v, k_start, k_end, scale, softcap):
+    """The result and what the backward pass needs, which computes the weights again (Dao et al. 2022, algorithm 4)."""
+
+    def block(_, given):
+        q, k_start, k_end = given
+        scores, visible = _scores(q, k, k_start, k_end, scale, softcap)
+        highest = jnp.max(scores, axis=-1, keepdims=True, where=visible, initial=-1e30)
+        weights = jnp.where(visible, jnp.exp(jnp.minimum(scores - highest, 0.0)), 0.0)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        total = jnp.where(total == 0.0, 1.0, total)
+        out = jnp.einsum("bkgst,btkh->bkgsh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        out = (out / total).astype(q.dtype).transpose(0, 3, 1, 2, 4)
+        return None, (out, (highest + jnp.log(total))[..., 0].transpose(0, 3, 1, 2))  # [B, S, K, G]
+
+    _, found = _over_blocks(block, None, (q, k_start, k_end), k.shape[1])
+    out, lse = map(checkpoint_name, found, ("attention_out", "attention_lse"))
+    return out, (q, k, v, k_start, k_end, out, lse)
+
+
+def _backward(scale, softcap, saved, d_out):
+    q, k, v, k_start, k_end, out, lse = saved
+    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)  # [B, S, K, G]
+
+    def block(sums, given):
+        q, k_start, k_end, d_out, lse, delta = given
+        lse, delta = (x.transpose(0, 2, 3, 1)[..., None] for x in (lse, delta))  # [B, K, G, S, 1]
+        scores, visible = _scores(q, k, k_start, k_end, scale, softcap)
+        weights = jnp.where(visible, jnp.exp(jnp.minimum(scores - lse, 0.0)), 0.0)
+        d_weights = jnp.einsum("bskgh,btkh->bkgst", d_out, v, preferred_element_type=jnp.float32)
+        d_scores = weights * (d_weights - delta) * scale
+        if softcap is not None:
+            d_scores *= 1.0 - jnp.square(scores / softcap)
+        d_scores, weights = d_scores.astype(k.dtype), weights.astype(v.dtype)
+        # Keys last: what is transposed for the product is then q and d_out, and not the larger scores.
+        d_k = jnp.einsum("bskgh,bkgst->bkht", q, d_scores, preferred_element_type=jnp.float32)
+        d_v = jnp.einsum("bskgh,bkgst->bkht", d_out, weights, preferred_element_type=jnp.float32)
+        return (sums[0] + d_k, sums[1] + d_v), jnp.einsum("bkgst,btkh->bskgh", d_scores, k).astype(q.dtype)
+
+    zeros = jnp.zeros_like(k, jnp.float32).transpose(0, 2, 3, 1)
+    sums, d_q = _over_blocks(block, (zeros, zeros), (q, k_start, k_end, d_out, lse, delta), k.shape[1])
+    d_k, d_v = (x.transpose(0, 3, 1, 2).astype(k.dtype) for x in sums)
+    return d_q, d_k, d_v, None, None
+
+
+_softmax_product.defvjp(_forward, _backward)
+
+
+def _scores(q, k, k_start, k_end, scale, softcap):
+    """float32 [B, K, G, S, T], and which of them count, bool [B, 1, 1, S, T]."""
     scores = jnp.einsum("bskgh,btkh->bkgst", q, k, preferred_element_type=jnp.float32) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     index = jnp.arange(k.shape[1])
-    visible = (k_start[..., None] <= index) & (index < k_end[..., None])  # [B, S, T]
-    visible = visible[:, None, None]
-    highest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True, where=visible, initial=-1e30))
-    weights = jnp.where(visible, jnp.exp(jnp.where(visible, scores - highest, 0.0)), 0.0)  # [B, K, G, S, T]
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = weights / jnp.where(total == 0.0, 1.0, total)
-    return jnp.einsum("bkgst,btkh->bskgh", weights.astype(v.dtype), v).astype(q.dtype)
+    return scores, ((k_start[..., None] <= index) & (index < k_end[..., None]))[:, None, None]
+
+
+def _over_blocks(block, carry, given, keys: int):
+    """`jax.lax.scan` of `block` over blocks of queries: axis 1 of what is given and of what it returns."""
+    length = given[0].shape[1]
+    blocks = _num_blocks(length, keys)
+    if blocks == 1:
+        return block(carry, given)
+    size = math.ceil(length / blocks)
+
+    def split(x):  # [B, S, ...] -> [blocks, B, size, ...]; the rows added at the end have empty intervals
+        x = jnp.pad(x, [(0, 0), (0, blocks * size - length)] + [(0, 0)] * (x.ndim - 2))
+        return x.reshape(len(x), blocks, size, *x.shape[2:]).swapaxes(0, 1)
+
+    def join(x):
+        return x.swapaxes(0, 1).reshape(x.shape[1], blocks * size, *x.shape[3:])[:, :length]
+
+    carry, found = jax.lax.scan(block, carry, jax.tree.map(split, given))
+    return carry, jax.tree.map(join, found)
 
 
 def _num_blocks(length: int, keys: int) -> int:

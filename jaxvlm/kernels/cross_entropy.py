@@ -37,6 +37,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     chunk: int = 64,
     split: Split | None = None,
+    transposed: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted sum of the next-token losses of a linear head.
 
@@ -53,36 +54,40 @@ def linear_cross_entropy(
         chunk: positions of each row that are computed at once; [B, chunk, V] float32 logits exist at a time.
         split: how the arrays lie on a mesh. Each device then goes through its own part of the rows; the kernel's width is
             gathered once before, and its gradient summed over devices once after the loop.
+        transposed: the kernel is [V, D], as a table of embeddings is, which turned over would be copied.
 
     Returns:
         loss: float32 scalar, sum(weights * nll); differentiable with respect to `hidden`, `kernel` and `bias`, and to
             no more of them than is asked for: a frozen head costs no gradient product.
         nll: float32 [B, S], the negative log-likelihood where the weight is not 0, else 0. Carries no gradient.
     """
-    if targets.shape != hidden.shape[:2] or weights.shape != hidden.shape[:2] or kernel.shape[0] != hidden.shape[2]:
+    if (
+        targets.shape != hidden.shape[:2]
+        or weights.shape != hidden.shape[:2]
+        or kernel.shape[transposed] != hidden.shape[2]
+    ):
         raise ValueError(
             f"linear_cross_entropy: hidden {hidden.shape}, kernel {kernel.shape}, targets {targets.shape} "
             f"and weights {weights.shape} do not fit together."
         )
-    loss, nll = _weighted_sum(hidden, kernel, bias, targets, jax.lax.stop_gradient(weights), chunk, softcap, split)
+    settings = chunk, softcap, split, transposed
+    loss, nll = _weighted_sum(hidden, kernel, bias, targets, jax.lax.stop_gradient(weights), settings)
     return loss, jax.lax.stop_gradient(nll)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _weighted_sum(hidden, kernel, bias, targets, weights, chunk, softcap, split):
-    return _compute(hidden, kernel, bias, targets, weights, chunk, softcap, split)[:2]
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _weighted_sum(hidden, kernel, bias, targets, weights, settings):
+    return _compute(hidden, kernel, bias, targets, weights, settings)[:2]
 
 
-def _forward(hidden, kernel, bias, targets, weights, chunk, softcap, split):
+def _forward(hidden, kernel, bias, targets, weights, settings):
     wanted = hidden.perturbed, kernel.perturbed, bias is not None and bias.perturbed
     bias = bias if bias is None else bias.value
-    loss, nll, gradients = _compute(
-        hidden.value, kernel.value, bias, targets.value, weights.value, chunk, softcap, split, wanted
-    )
+    loss, nll, gradients = _compute(hidden.value, kernel.value, bias, targets.value, weights.value, settings, wanted)
     return (loss, nll), gradients
 
 
-def _backward(chunk, softcap, split, gradients, cotangents):
+def _backward(settings, gradients, cotangents):
     scale = cotangents[0]
     if isinstance(scale, jax.custom_derivatives.SymbolicZero):
         return None, None, None, None, None
@@ -92,12 +97,19 @@ def _backward(chunk, softcap, split, gradients, cotangents):
 _weighted_sum.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _compute(hidden, kernel, bias, targets, weights, chunk, softcap, split, wanted=(False, False, False)):
+def _compute(hidden, kernel, bias, targets, weights, settings, wanted=(False, False, False)):
     """Loss, nll and the wanted gradients of (hidden, kernel, bias); None stands for those not wanted."""
-    local = partial(_local, chunk=chunk, softcap=softcap, split=split or ONE_DEVICE, wanted=wanted)
+    chunk, softcap, split, transposed = settings
+    local = partial(
+        _local, chunk=chunk, softcap=softcap, split=split or ONE_DEVICE, transposed=transposed, wanted=wanted
+    )
     if split is None:
         return local(hidden, kernel, bias, targets, weights)
-    tokens, head, vocab = PartitionSpec(*split[:2]), PartitionSpec(*split[2:]), PartitionSpec(split.vocab)
+    tokens, head, vocab = (
+        PartitionSpec(*split[:2]),
+        PartitionSpec(*_oriented(split[2:], transposed)),
+        PartitionSpec(split.vocab),
+    )
     in_specs = (tokens, head, vocab, tokens, tokens)
     out_specs = (PartitionSpec(), tokens, (tokens, head, vocab))
     # The gradients are made inside; nothing differentiates through the shards, so there is no variance to keep track of.
@@ -105,15 +117,21 @@ def _compute(hidden, kernel, bias, targets, weights, chunk, softcap, split, want
     return shards(hidden, kernel, bias, targets, weights)
 
 
-def _local(hidden, kernel, bias, targets, weights, *, chunk, softcap, split, wanted):
+def _oriented(width_vocab, transposed):
+    return width_vocab[::-1] if transposed else width_vocab
+
+
+def _local(hidden, kernel, bias, targets, weights, *, chunk, softcap, split, transposed, wanted):
     """`_compute` of one device's part; what it gives is summed over devices."""
     want_hidden, want_kernel, want_bias = wanted
     shards = split.rows + split.length
     batch, length, width = hidden.shape
     chunk = min(chunk, length)
     padded = math.ceil(length / chunk) * chunk
-    head = jax.lax.all_gather(kernel.astype(hidden.dtype), split.width, axis=0, tiled=True)
-    first = jax.lax.axis_index(split.vocab) * head.shape[1]  # of this device's part of the vocabulary
+    dv = _oriented("dv", transposed)
+    width_axis = dv.index("d")
+    head = jax.lax.all_gather(kernel.astype(hidden.dtype), split.width, axis=width_axis, tiled=True)
+    first = jax.lax.axis_index(split.vocab) * head.shape[dv.index("v")]  # of this device's part of the vocabulary
 
     supervised = weights != 0
     order = jnp.argsort(~supervised, axis=1, stable=True)  # [B, S], supervised positions first
@@ -131,7 +149,7 @@ def _local(hidden, kernel, bias, targets, weights, *, chunk, softcap, split, wan
         weight = take(weights)[..., None]  # [B, C, 1]
         x = jnp.take_along_axis(hidden, take(order)[..., None], axis=1)
         x = jnp.where(weight != 0, x, 0)  # what is not supervised may hold anything
-        logits = jnp.einsum("bcd,dv->bcv", x, head, preferred_element_type=jnp.float32)
+        logits = jnp.einsum(f"bcd,{dv}->bcv", x, head, preferred_element_type=jnp.float32)
         if bias is not None:
             logits = logits + bias.astype(jnp.float32)
         if softcap is not None:
@@ -152,9 +170,9 @@ def _local(hidden, kernel, bias, targets, weights, *, chunk, softcap, split, wan
                 dbias = dbias + jnp.sum(dlogits, axis=(0, 1))
             dlogits = dlogits.astype(x.dtype)
         if want_hidden:
-            dhidden = put(dhidden, jnp.einsum("bcv,dv->bcd", dlogits, head))
+            dhidden = put(dhidden, jnp.einsum(f"bcv,{dv}->bcd", dlogits, head))
         if want_kernel:
-            dkernel = dkernel + jnp.einsum("bcd,bcv->dv", x, dlogits, preferred_element_type=jnp.float32)
+            dkernel = dkernel + jnp.einsum(f"bcd,bcv->{dv}", x, dlogits, preferred_element_type=jnp.float32)
         return nll, dhidden, dkernel, dbias
 
     carry = (
@@ -171,7 +189,7 @@ def _local(hidden, kernel, bias, targets, weights, *, chunk, softcap, split, wan
     if want_kernel:
         others = tuple(axis for axis in shards if axis not in split.width)
         # Scattered first: what crosses the other axes, slower networks among them, is a part.
-        dkernel = jax.lax.psum_scatter(dkernel, split.width, scatter_dimension=0, tiled=True)
+        dkernel = jax.lax.psum_scatter(dkernel, split.width, scatter_dimension=width_axis, tiled=True)
         dkernel = jax.lax.psum(dkernel, others).astype(kernel.dtype)
     if want_bias:
         dbias = jax.lax.psum(dbias, shards).astype(bias.dtype)

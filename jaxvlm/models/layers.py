@@ -47,7 +47,10 @@ def lookup(table: jax.Array, indices: jax.Array, axes: tuple[str | None, str]) -
     """
     if active() is None:
         return jnp.take(table, indices, axis=0)
-    table_spec, spec = active_spec(axes, table.shape, "a table"), active_spec(("batch", "length"), indices.shape, "tokens")
+    table_spec, spec = (
+        active_spec(axes, table.shape, "a table"),
+        active_spec(("batch", "length"), indices.shape, "tokens"),
+    )
     rows, width = ((axis,) if axis else () for axis in table_spec)
     tokens = {axis for axes in spec for axis in (axes if isinstance(axes, tuple) else (axes,)) if axis}
 

@@ -196,10 +196,10 @@ def logical_axes(config: ModelConfig) -> dict:
     return jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
 
 
-def head_kernel(params: dict) -> jax.Array:
-    """The kernel [D, V] of the decoder's head: its own, or the transposed embedding when they are tied."""
+def head_kernel(params: dict) -> tuple[jax.Array, bool]:
+    """The kernel [D, V] of the decoder's head and False; or the embedding [V, D], where they are tied, and True."""
     llm = params["llm"]
-    return llm["head"]["kernel"] if "head" in llm else llm["embed"]["embedding"].T
+    return (llm["head"]["kernel"], False) if "head" in llm else (llm["embed"]["embedding"], True)
 
 
 def head_bias(params: dict) -> jax.Array | None:
@@ -207,12 +207,12 @@ def head_bias(params: dict) -> jax.Array | None:
     return params["llm"].get("head", {}).get("bias")
 
 
-def head_split(hidden: jax.Array, kernel: jax.Array) -> Split | None:
-    """How `hidden` [B, S, D] and the head's kernel [D, V] lie on the active mesh; None where there is none."""
+def head_split(hidden: jax.Array, vocab_size: int) -> Split | None:
+    """How `hidden` [B, S, D] and the head's kernel lie on the active mesh; None where there is none."""
     tokens = active_spec(("batch", "length"), hidden.shape[:2], "hidden")
     if tokens is None:
         return None
-    specs = *tokens, *active_spec(("embed", "vocab"), kernel.shape, "llm/head/kernel")
+    specs = *tokens, *active_spec(("embed", "vocab"), (hidden.shape[2], vocab_size), "llm/head/kernel")
     return Split(*((axes,) if isinstance(axes, str) else axes or () for axes in specs))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from jaxvlm.config import ConfigError, MeshConfig
+from jaxvlm.config import ConfigError, MeshConfig, StageConfig
 
 AXES = ("data", "fsdp", "tensor", "context")
 
@@ -28,6 +28,17 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(
         _arrange(devices, _sizes(config, len(devices)), config.slices), AXES, axis_types=(AxisType.Auto,) * len(AXES)
     )
+
+
+def require_rows_divide(stage: StageConfig, mesh: Mesh) -> None:
+    """Raises `ConfigError` unless every device of data x fsdp has as many whole rows of each micro-batch as the others."""
+    data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
+    if stage.batch_size % (data * fsdp * stage.accumulate):
+        raise ConfigError(
+            f"Stage '{stage.name}': batch_size = {stage.batch_size} rows in {stage.accumulate} micro-batches do not divide "
+            f"over data x fsdp = {data} x {fsdp} devices. Make it a multiple of {data * fsdp * stage.accumulate}, or give "
+            "part of the devices to config.mesh.tensor."
+        )
 
 
 def _sizes(config: MeshConfig, count: int) -> tuple[int, ...]:

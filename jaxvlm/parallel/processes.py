@@ -204,13 +204,16 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopRequest]:
-        """Takes SIGINT and SIGTERM; a second one stops at once, without saving."""
+        """Takes SIGINT and SIGTERM; further ones change nothing.
+
+        Schedulers repeat SIGTERM, and send it to processes that a peer has already told to stop: none may cost the save.
+        Who will not wait has SIGQUIT, which is nobody's routine.
+        """
 
         def handler(signum, _):
-            if self.signum:
-                raise KeyboardInterrupt
-            self.signum = signum
-            print("\nStopping after this step, saving first (press Ctrl-C again to stop without saving).", flush=True)
+            if not self.signum:
+                self.signum = signum
+                print("\nStopping after this step, saving first (Ctrl-\\ ends at once, without saving).", flush=True)
 
         try:
             old = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}

@@ -13,13 +13,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 import jaxvlm
 from jaxvlm.config import CheckpointConfig
 from jaxvlm.parallel.processes import any_process, barrier
 from jaxvlm.train.state import TrainState, flat, nbytes
-from jaxvlm.weights.saved import CheckpointError, explain_full_disk, write_json
+from jaxvlm.weights.saved import CheckpointError, explain_full_disk, is_address, place, write_json
 
 CHUNK = 1 << 22
 
@@ -31,18 +32,21 @@ class StageCheckpointer:
     resumed run cannot quietly go on with others. It also holds the loader's fingerprint, the seed and the schedule; the data
     position is the step itself, since the order of rows is a pure function of (seed, position). orbax makes a checkpoint
     appear whole or not at all, but does not notice a bit that the disk lost: each process adds the CRC-32 of its share of
-    the files, in `manifests/` beside the checkpoints, and checks its share again before a restore.
+    the files, in `manifests/` beside the checkpoints, and checks its share again before a restore. (Not in a bucket, which
+    checks what it keeps.)
     """
 
-    def __init__(self, directory: Path, policy: CheckpointConfig, about: dict[str, Any]):
-        self.directory, self.about = Path(directory).absolute(), about
+    def __init__(self, directory: Path | epath.Path, policy: CheckpointConfig, about: dict[str, Any]):
+        self.directory, self.about = place(directory), about
+        self.checked = not is_address(directory)  # buckets keep checksums of their own
         self.manifests = self.directory.parent / "manifests"
         with explain_full_disk(self.directory):
             if jax.process_index() == 0:
-                self.manifests.mkdir(parents=True, exist_ok=True)
-                self.directory.mkdir(exist_ok=True)
+                self.directory.mkdir(parents=True, exist_ok=True)
+                self.manifests.mkdir(exist_ok=True)
         barrier(f"{self.directory}: folders")
-        self._set_damaged_aside()
+        if self.checked:
+            self._set_damaged_aside()
         barrier(f"{self.directory}: checked")
         kept = ocp.training.preservation_policies
         policies = [kept.LatestN(policy.keep), *([kept.EveryNSteps(policy.keep_every)] if policy.keep_every else [])]
@@ -108,6 +112,8 @@ class StageCheckpointer:
         """In a thread: waits for the checkpoint and writes down what this process's share of its files must hold."""
         try:
             written.result()
+            if not self.checked:
+                return
             files = {name: checksum(self.directory / str(step) / name) for name in share_of(self.directory / str(step))}
             for old in self.manifests.glob("*.json"):
                 if jax.process_index() == 0 and not (self.directory / old.name.split(".")[0]).is_dir():

@@ -6,17 +6,21 @@ import math
 from pathlib import Path
 
 import jax
+from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from jaxvlm.train.bucket import require
 from jaxvlm.train.checkpoint import damaged
-from jaxvlm.weights.saved import CheckpointError
+from jaxvlm.weights.saved import CheckpointError, is_address, place
 
 
-def describe_checkpoint(path: Path) -> str:
+def describe_checkpoint(path: str | Path) -> str:
     """The table of `jaxvlm inspect`. Raises `CheckpointError` where there is no checkpoint, naming what was looked for."""
-    folder = newest(path.absolute())
+    if is_address(path):
+        require(path)
+    folder = newest(place(path))
     manifests = folder.parent.parent / "manifests"
-    if problems := damaged(folder, manifests):
+    if not is_address(path) and (problems := damaged(folder, manifests)):
         return f"{folder}\ndamaged, not to be read: {'; '.join(problems)}"
     about = ocp.load_checkpointables(folder, {"about": None})["about"]
     stored = ocp.metadata(folder, checkpointable_name="state").metadata
@@ -42,7 +46,7 @@ def describe_checkpoint(path: Path) -> str:
     return "\n".join(lines)
 
 
-def newest(path: Path) -> Path:
+def newest(path: Path | epath.Path) -> Path | epath.Path:
     """The step's folder at `path`, or the newest one in a stage's folder or in a run's last stage."""
     if path.name.isdigit() and path.parent.name == "checkpoints" and path.is_dir():
         return path

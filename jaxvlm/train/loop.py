@@ -9,12 +9,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxvlm.config import CheckpointConfig, ConfigError, LogConfig, ModelConfig, StageConfig, UserError, to_dict
+from jaxvlm.config import CheckpointConfig, LogConfig, ModelConfig, StageConfig, UserError, to_dict
 from jaxvlm.data.loader import Loader
 from jaxvlm.models.vlm import VLM, logical_axes
+from jaxvlm.parallel.mesh import require_rows_divide
 from jaxvlm.parallel.processes import StopRequest, Watchdog, any_process, leaving_peers
 from jaxvlm.parallel.rules import param_shardings, put_batch
 from jaxvlm.train.checkpoint import StageCheckpointer, content_hash
@@ -39,12 +41,15 @@ def train_stage(
     params: dict,
     loader: Loader,
     mesh: Mesh,
-    directory: Path,
+    workdir: Path,
+    directory: Path | epath.Path,
     checkpoints: CheckpointConfig,
     log: LogConfig | None = None,
     origin: dict[str, Any] | None = None,
 ) -> tuple[dict, StageResult | None]:
     """Trains `stage` from `params`, or from its newest checkpoint in `directory`; returns the new parameters.
+
+    Metrics and heartbeats go to `workdir`, which is always a folder; `directory` may be in a bucket.
 
     Runs inside `jax.set_mesh`, in every process of the job, and takes the buffers of `params` over. `origin` says where the
     frozen ones come from, for the checkpoint. The result is process 0's to tell, and None in the others.
@@ -53,12 +58,7 @@ def train_stage(
     everything saved, when SIGINT or SIGTERM arrives in any process.
     """
     # Model and state ---------------------------------------------------------------------------------------------
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if stage.batch_size % (shards * stage.accumulate):
-        raise ConfigError(
-            f"Stage '{stage.name}': batch_size {stage.batch_size} does not divide into {stage.accumulate} micro-batches over "
-            f"{shards} data-parallel devices. Make it a multiple of {shards * stage.accumulate}, or change config.mesh."
-        )
+    require_rows_divide(stage, mesh)
     model, num_steps = VLM(model_config), loader.num_steps
     trainable, frozen = split(params, stage.trainable)
     frozen = cast(frozen, jnp.dtype(model_config.dtype))  # nothing updates it: no float32 master is needed
@@ -93,9 +93,8 @@ def train_stage(
         donate_argnums=0,
         out_shardings=(shardings, None),
     )
-    workdir = directory.parent.parent
-    metrics_path = workdir / "metrics.jsonl"
-    meter = Meter(stage, model_config, state, num_steps, start, metrics_path, log or LogConfig(), loader.stats())
+    metrics = workdir / "metrics.jsonl"
+    meter = Meter(stage, model_config, state, num_steps, start, metrics, log or LogConfig(), loader.stats())
 
     # Loop --------------------------------------------------------------------------------------------------------
     stop, watchdog = StopRequest(directory.name), Watchdog(checkpoints.watchdog_seconds, workdir / "heartbeats")

@@ -16,21 +16,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jax.sharding import Mesh
 
-from jaxvlm.config import ConfigError, MeshConfig, RunConfig, StageConfig
+from jaxvlm.config import MeshConfig, RunConfig, StageConfig
 from jaxvlm.data.instruction import instruction_fields
 from jaxvlm.data.packing import assemble
 from jaxvlm.data.tiles import tile_regions, tiling, tower_names
 from jaxvlm.kernels.cross_entropy import linear_cross_entropy
 from jaxvlm.models.vlm import VLM, abstract_params
-from jaxvlm.parallel.rules import batch_sharding
+from jaxvlm.parallel.mesh import require_rows_divide
+from jaxvlm.parallel.rules import batch_sharding, logical_rules
 from jaxvlm.parallel.traffic import Traffic, traffic
 from jaxvlm.train.flops import batch_flops, trainable_shares
 from jaxvlm.train.loop import state_shardings
 from jaxvlm.train.optimizer import make_optimizer
-from jaxvlm.train.state import TrainState, cast, count, flat, split
-from jaxvlm.train.step import make_step
+from jaxvlm.train.state import TrainState, cast, count, flat, merge, split
+from jaxvlm.train.step import loss_sums, make_step
 
 # Samples of an epoch, by the name of the file; counted by their authors. Others say it in their name ('..._mix1231k').
 SAMPLES = {"llava_v1_5_mix665k": 665_298, "blip_laion_cc_sbu_558k": 558_128}
@@ -127,13 +129,7 @@ def compile_step(
     Raises `ConfigError` for rows or parameters that do not divide over the mesh, and jax's own error (RESOURCE_EXHAUSTED)
     where the compiler finds that the program does not fit.
     """
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if stage.batch_size % (shards * stage.accumulate):
-        raise ConfigError(
-            f"Stage '{stage.name}': batch_size = {stage.batch_size} rows in {stage.accumulate} micro-batches do not divide "
-            f"over data x fsdp = {mesh.shape['data']} x {mesh.shape['fsdp']} devices. Make it a multiple of "
-            f"{shards * stage.accumulate}, or give part of the devices to config.mesh.tensor."
-        )
+    require_rows_divide(stage, mesh)
     state, optimizer = abstract_state(config, stage, mesh)
     batch = abstract_batch(config, stage, tiles)
     batch = _placed(batch, jax.tree.map(lambda _: batch_sharding(mesh), batch))
@@ -152,18 +148,40 @@ def compile_step(
         return compiled, state, dump.read_text()
 
 
-def memory(compiled: Any, state: TrainState) -> dict[str, int]:
-    """Bytes on one device by kind. The state's are exact, `temporaries` and `peak` the compiler's."""
+def memory(compiled: Any, state: TrainState, activations: int) -> dict[str, int]:
+    """Bytes on one device by kind. The state's are exact, `temporaries` (`activations` among them) and `peak` the compiler's."""
     found = compiled.memory_analysis()
     kinds = {"trainable": state.trainable, "frozen": state.frozen, "optimizer": state.opt_state}
     made = {name: sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(tree)) for name, tree in kinds.items()}
     made["batch"] = max(found.argument_size_in_bytes - sum(made.values()), 0)
     made["arguments"] = found.argument_size_in_bytes
     made["outputs"] = found.output_size_in_bytes
+    made["activations"] = activations
     made["temporaries"] = found.temp_size_in_bytes  # activations, gradients, gathered weights, buffers of collectives
     whole = made["arguments"] + made["outputs"] - found.alias_size_in_bytes + made["temporaries"]
     made["peak"] = max(getattr(found, "peak_memory_in_bytes", 0), 0) or whole
     return made
+
+
+def activations(config: RunConfig, stage: StageConfig, state: TrainState, mesh: Mesh, tiles: int) -> int:
+    """Bytes on one device, about, that the forward pass of a micro-batch keeps for the backward pass; part of `temporaries`.
+
+    By jax's own account of what backward reads, less what has the shape of a parameter, evenly divided over data x fsdp x
+    context. The compiler may fuse some of it away; what `tensor` splits is counted whole.
+    """
+    batch = abstract_batch(config, dataclasses.replace(stage, batch_size=stage.batch_size // stage.accumulate), tiles)
+
+    def backward(trainable: dict, frozen: dict, batch: dict, weights: jax.Array) -> Any:
+        return jax.vjp(
+            lambda moving: loss_sums(VLM(config.model), merge(moving, frozen), batch, weights, 1)[0], trainable
+        )[1]
+
+    with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules()):
+        kept = jax.eval_shape(backward, state.trainable, state.frozen, batch, batch["loss_weights"])
+    parameters = {leaf.shape for leaf in jax.tree.leaves((state.trainable, state.frozen))}
+    parameters |= {shape[1:] for shape in parameters}  # of one layer
+    sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept) if leaf.shape not in parameters]
+    return sum(sizes) // (mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["context"])
 
 
 def _shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:

@@ -27,7 +27,7 @@ def loss_sums(
     micro-batches is the token-weighted mean of the whole batch: sum w * CE / sum w. `dropout` is a key, or None.
     """
     hidden = model.apply({"params": params}, batch, rngs=None if dropout is None else {"dropout": dropout})  # [B, S, D]
-    kernel = head_kernel(params)
+    kernel, transposed = head_kernel(params)
     loss, nll = linear_cross_entropy(
         hidden,
         kernel,
@@ -35,7 +35,8 @@ def loss_sums(
         weights,
         bias=head_bias(params),
         softcap=model.config.llm.logit_softcap,
-        split=head_split(hidden, kernel),
+        split=head_split(hidden, model.config.llm.vocab_size),
+        transposed=transposed,
     )  # scalar, [B, S]
     supervised = batch["loss_weights"] > 0
     sources = jnp.where(supervised, batch["source_ids"], num_sources).reshape(-1)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 import jaxvlm
@@ -23,10 +24,22 @@ from jaxvlm.weights.build import Dtype, dtype_of
 from jaxvlm.weights.hf_config import read_json
 
 MANIFEST = "manifest.json"
+# What says that a permission is lost: Linux, tensorstore, Google's clients.
+FORBIDDEN = ("permission denied", "read-only file system", "permission_denied", "forbidden")
 
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be written or read; the message names the file and the fix."""
+
+
+def is_address(path: str | os.PathLike) -> bool:
+    """Whether a place is in a bucket (gs://...) and not a folder."""
+    return "://" in os.fspath(path)
+
+
+def place(path: str | os.PathLike) -> Path | epath.Path:
+    """A folder or an address, absolute, with pathlib's methods."""
+    return epath.Path(path) if is_address(path) else Path(path).absolute()
 
 
 def run_folder(path: Path) -> Path | None:
@@ -34,21 +47,23 @@ def run_folder(path: Path) -> Path | None:
     return next((folder for folder in (path, path / "model") if (folder / MANIFEST).is_file()), None)
 
 
-def save_model(directory: Path, params: dict, model: ModelConfig, prompt: PromptConfig, extra: dict) -> None:
+def save_model(
+    directory: Path | epath.Path, params: dict, model: ModelConfig, prompt: PromptConfig, extra: dict
+) -> None:
     """Writes a finished model: parameters, tokenizers and the manifest that says how to use them."""
-    directory = Path(directory)
+    directory = place(directory)
     directory.mkdir(parents=True, exist_ok=True)
     context = ocp.Context()
     context.array.saving.use_compression = False  # compressed chunks would all be held: nearly a second model in memory
     with context, explain_full_disk(directory, sum(leaf.nbytes for leaf in jax.tree.leaves(params))):
-        ocp.save((directory / "params").absolute(), params, overwrite=True)  # together, if there are several processes
+        ocp.save(directory / "params", params, overwrite=True)  # together, if there are several processes
     if jax.process_index():
         return
     for name in _tokenizers(prompt):
         (directory / name).mkdir(exist_ok=True)
         for file in Path(getattr(prompt, name)).iterdir():
             if file.suffix in (".json", ".jinja", ".model", ".txt") and "safetensors" not in file.name:
-                shutil.copyfile(file, directory / name / file.name)
+                (directory / name / file.name).write_bytes(file.read_bytes())
     manifest = {
         "kind": "jaxvlm-model",
         "format": 1,
@@ -150,7 +165,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         raise
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path | epath.Path, value: Any) -> None:
     """Writes JSON so that a reader sees the old file or the new one, never half of it."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(value, indent=2) + "\n")
@@ -158,7 +173,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def explain_full_disk(directory: Path, size: int = 0) -> Iterator[None]:
+def explain_full_disk(directory: Path | epath.Path, size: int = 0) -> Iterator[None]:
     """Turns a full disk or a lost permission, however deep it was noticed, into one sentence.
 
     `size` is what was to be written, in bytes.
@@ -171,12 +186,12 @@ def explain_full_disk(directory: Path, size: int = 0) -> Iterator[None]:
         words = ("no space left", "resource_exhausted", "disk quota", "enospc")
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         forbidden = getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS)
-        if forbidden or any(word in str(error).lower() for word in ("permission denied", "read-only file system")):
+        if forbidden or any(word in str(error).lower() for word in FORBIDDEN):
             raise CheckpointError(
                 f"Writing under {directory} is not permitted any more ({str(error).splitlines()[0][:200]}). Earlier checkpoints "
-                "are intact. Make the folder writable for this user and run the same command again: it resumes."
+                "are intact. Make it writable again and run the same command again: it resumes."
             ) from error
-        if not full and not any(word in str(error).lower() for word in words):
+        if is_address(directory) or (not full and not any(word in str(error).lower() for word in words)):
             raise
         free = shutil.disk_usage(existing_parent(directory)).free
         need = f" This takes about {size / 1e6:.0f} MB." if size else ""

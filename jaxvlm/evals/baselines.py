@@ -1,4 +1,4 @@
-"""Scorers and baselines: plain functions of predictions and answers, usable without a model."""
+"""What needs no model: the majority answer and chance of a question file, to set beside a score."""
 
 from __future__ import annotations
 
@@ -6,20 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from jaxvlm.evals.tasks import Question, plain_question
-
-
-def normalise(text: str) -> str:
-    """What exact match compares: blanks at the ends stripped, lower case, periods at the end removed.
-
-    This is LLaVA's own treatment of GQA answers (evaluation §1); nothing inside the text changes.
-    """
-    return text.strip().lower().rstrip(".").strip()
-
-
-def exact_match(prediction: str, answer: str) -> float:
-    """1.0 if the normalised texts are equal, else 0.0."""
-    return float(normalise(prediction) == normalise(answer))
+from jaxvlm.evals.question_file import Question, plain_question
+from jaxvlm.evals.scorers.text import normalise
 
 
 @dataclass(frozen=True)

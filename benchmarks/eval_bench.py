@@ -1,0 +1,147 @@
+"""Scoring all answers to VQAv2's validation questions, beside the official scorer.
+
+  python benchmarks/eval_bench.py --official VQA [--rounds 3] [--out benchmarks/results/evals.json]
+
+VQA is a clone of github.com/GT-Vision-Lab/VQA; without `--official` only ours is timed. It is Python 2: its print statements
+are made calls in memory, nothing else is changed. The 214,354 questions, their ten people's answers and the predictions are
+synthetic: words drawn from Zipf's law, with capitals, articles, punctuation and number words among them; of three in ten questions
+all people agree, which the official code does not rewrite.
+
+Each side reads the same three JSON files and scores, in turn, in a process of its own; its time is taken for reading and scoring
+together and for scoring alone, by the clock and by the time that the process computed. Reported are medians and the ratio of
+medians: above 1, ours is faster. The two accuracies must be equal to the official two decimals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import platform
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+COUNT = 214_354
+WORDS = """yes no 1 2 3 white red blue green black brown one two none left right man woman dog cat tennis baseball
+frisbee wood grass t-shirt don't wont couch pizza, 1,000 10:30 u.s.a. a/b sunny outside kitchen""".split()
+SIDES = ("jaxvlm", "official")
+
+
+def write_data(folder: Path) -> None:
+    """questions.json, annotations.json and answers.json in the official forms."""
+    rng = random.Random(0)
+    weights = [1 / (rank + 1) for rank in range(len(WORDS))]
+    dress = ("{}", "{}", "{}", "{}", "the {}", "{}.", "{}?", "a {}")
+    questions, annotations, answers = [], [], []
+    for i in range(COUNT):
+        likely = rng.choices(WORDS, weights, k=4)
+        agreed = rng.random() < 0.3
+        people = [
+            likely[0] if agreed or rng.random() < 0.5 else rng.choice(dress).format(rng.choice(likely))
+            for _ in range(10)
+        ]
+        names = {"question_id": i, "image_id": i // 5}
+        questions.append({**names, "question": f"What is {likely[1]} here?"})
+        given = [{"answer": word, "answer_confidence": "yes", "answer_id": k} for k, word in enumerate(people, 1)]
+        kind = {"question_type": "what is", "answer_type": "other", "multiple_choice_answer": people[0]}
+        annotations.append({**names, **kind, "answers": given})
+        answers.append({"question_id": i, "answer": rng.choice(dress).format(rng.choice(likely)).capitalize()})
+    for name, content in (
+        (
+            "questions",
+            dict.fromkeys(("info", "task_type", "data_type", "data_subtype", "license"), "") | {"questions": questions},
+        ),
+        ("annotations", {"annotations": annotations}),
+        ("answers", answers),
+    ):
+        (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+def ours(folder: Path) -> dict:
+    from jaxvlm.evals import score, tasks
+    from jaxvlm.evals.answers import read_answers
+
+    started = clock()
+    references, answers = tasks.read_references("vqav2", folder), read_answers(folder / "answers.json")
+    read = clock()
+    result = score("vqav2", "official", answers, references)
+    return times(started, read) | {"accuracy": round(result["value"], 2)}
+
+
+def official(folder: Path, clone: Path) -> dict:
+    """VQA's own steps: index the annotations and the results, evaluate."""
+    names: dict = {"unicode": str}
+    for part in ("PythonHelperTools/vqaTools/vqa.py", "PythonEvaluationTools/vqaEvaluation/vqaEval.py"):
+        text = (clone / part).read_text(encoding="utf-8").expandtabs(4)
+        exec(re.sub(r"^( *)print +(.+)$", r"\1print(\2)", text, flags=re.M), names)
+    with contextlib.redirect_stdout(io.StringIO()):
+        started = clock()
+        truth = names["VQA"](str(folder / "annotations.json"), str(folder / "questions.json"))
+        results = truth.loadRes(str(folder / "answers.json"), str(folder / "questions.json"))
+        read = clock()
+        evaluation = names["VQAEval"](truth, results, n=2)
+        evaluation.evaluate()
+        return times(started, read) | {"accuracy": evaluation.accuracy["overall"]}
+
+
+def clock() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def times(started: tuple[float, float], read: tuple[float, float]) -> dict:
+    done = clock()
+    both, alone = ([end - start for start, end in zip(since, done, strict=True)] for since in (started, read))
+    names = ("read_and_score_seconds", "read_and_score_cpu_seconds", "score_seconds", "score_cpu_seconds")
+    return dict(zip(names, (*both, *alone), strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--official", default="", metavar="VQA", help="a clone of GT-Vision-Lab/VQA")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", default="", metavar="FILE")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        folder = Path(options.folder)
+        print(json.dumps(ours(folder) if options.side == "jaxvlm" else official(folder, Path(options.official))))
+        return
+    sides = SIDES if options.official else SIDES[:1]
+    found: dict[str, list[dict]] = {side: [] for side in sides}
+    with tempfile.TemporaryDirectory() as folder:
+        write_data(Path(folder))
+        for _ in range(options.rounds):
+            for side in sides:
+                command = [sys.executable, __file__, "--side", side, "--folder", folder, "--official", options.official]
+                found[side].append(json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout))
+                print(side, found[side][-1], flush=True)
+    accuracies = {side: {one["accuracy"] for one in runs} for side, runs in found.items()}
+    if len(set.union(*accuracies.values())) != 1:
+        raise SystemExit(f"The sides disagree: {accuracies}")
+    names = [name for name in found["jaxvlm"][0] if name.endswith("seconds")]
+    medians = {
+        side: {name: statistics.median(one[name] for one in runs) for name in names} for side, runs in found.items()
+    }
+    ratios = {name: medians["official"][name] / medians["jaxvlm"][name] for name in names} if options.official else {}
+    print(json.dumps({"medians": medians, "official_over_jaxvlm": ratios}, indent=1))
+    if options.out:
+        head = [
+            subprocess.run(["git", "-C", where, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+            for where in (".", options.official or ".")
+        ]
+        about = {"what": f"scoring {COUNT:,} synthetic VQAv2 answers", "device": f"{platform.machine()}, one core"}
+        about |= {"versions": {"python": platform.python_version()}, "commit": head[0], "official_commit": head[1]}
+        result = about | {"medians": medians, "official_over_jaxvlm": ratios, "rounds": found}
+        Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
