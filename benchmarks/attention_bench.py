@@ -304,7 +304,9 @@ def main() -> None:
         result["cases"].append(measured)
         print(f"{case}\n  {'':24s}{'forward':>12s}{'GFLOP/s':>9s}{'+ backward':>12s}{'GFLOP/s':>9s}")
         for name, row in measured["sides"].items():
-            columns = [f"{row[k + '_seconds'] * 1e3:9.2f} ms{row[k + '_flops'] / 1e9:9.1f}" for k in ("forward", "both")]
+            columns = [
+                f"{row[k + '_seconds'] * 1e3:9.2f} ms{row[k + '_flops'] / 1e9:9.1f}" for k in ("forward", "both")
+            ]
             print(f"  {name:24s}{''.join(columns)}", flush=True)
         for name, why in measured["failed"].items():
             print(f"  {name:24s}{why}", flush=True)
