@@ -13,9 +13,9 @@ medians: above 1, ours is faster. The two accuracies must be equal to the offici
 
   python benchmarks/eval_bench.py --generation [--rounds 3] [--out benchmarks/results/generation.json]
 
-times greedy answers instead: questions of easy-VQA's test set to a model of the quickstart's size with random weights, 16 new
-tokens each, asked one at a time, in batches of 16, and in exact batches of 16, in turn; after one round that compiles. It counts the
-answers of the batches that differ from those asked one at a time, in the model's own type and in bfloat16.
+times greedy answers instead: questions of easy-VQA's test set to a model of the quickstart's size with random weights, 8 new
+tokens each, asked one at a time, in batches of 16, and in exact batches of 16, in turn; after one round that compiles. Counted are
+the answers of the batches that differ from those asked one at a time, in the model's own type and in bfloat16.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from pathlib import Path
 COUNT = 214_354
 WORDS = """yes no 1 2 3 white red blue green black brown one two none left right man woman dog cat tennis baseball
 frisbee wood grass t-shirt don't wont couch pizza, 1,000 10:30 u.s.a. a/b sunny outside kitchen""".split()
+ALONE = 6  # so many are asked alone in the exact mode too, which computes 16 rows for each
 SIDES = ("jaxvlm", "official")
 
 
@@ -108,7 +109,7 @@ def times(started: tuple[float, float], read: tuple[float, float]) -> dict:
     return dict(zip(names, (*both, *alone), strict=True))
 
 
-def generation(rounds: int, count: int = 64, new: int = 16) -> dict:
+def generation(rounds: int, count: int = 32, new: int = 8) -> dict:
     """Seconds of each way of asking, and how many answers differ, by type."""
     import dataclasses
 
@@ -142,9 +143,9 @@ def generation(rounds: int, count: int = 64, new: int = 16) -> dict:
         )
         engine = Engine(config, values.prompt, params)
 
-        def one_by_one(exact: bool = False, engine: Engine = engine) -> list[str]:
-            engine.exact = exact
-            return [engine.generate([one], max_new_tokens=new, batch_size=16 if exact else 1)[0] for one in requests]
+        def one_by_one(engine: Engine = engine) -> list[str]:
+            engine.exact = False
+            return [engine.generate([one], max_new_tokens=new, batch_size=1)[0] for one in requests]
 
         def batched(exact: bool = False, engine: Engine = engine) -> list[str]:
             engine.exact = exact
@@ -159,7 +160,8 @@ def generation(rounds: int, count: int = 64, new: int = 16) -> dict:
                 texts[name] = way()
                 if turn:
                     seconds[name].append(time.perf_counter() - started)
-        alone = one_by_one(True)
+        engine.exact = True
+        alone = [engine.generate([one], max_new_tokens=new, batch_size=16)[0] for one in requests[:ALONE]]
         medians = {name: statistics.median(taken) for name, taken in seconds.items()}
         found[dtype] = {
             "seconds": seconds,
@@ -168,7 +170,7 @@ def generation(rounds: int, count: int = 64, new: int = 16) -> dict:
             "batched_unlike_one_by_one": sum(
                 a != b for a, b in zip(texts["batched"], texts["one_by_one"], strict=True)
             ),
-            "exact_unlike_exact_alone": sum(a != b for a, b in zip(texts["exact"], alone, strict=True)),
+            f"exact_unlike_exact_alone_of_{ALONE}": sum(a != b for a, b in zip(texts["exact"], alone, strict=False)),
             "distinct_answers": len(set(texts["batched"])),
         }
         print(dtype, json.dumps(found[dtype], indent=1), flush=True)

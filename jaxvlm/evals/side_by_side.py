@@ -180,13 +180,14 @@ def _browser(name: tuple[str, str], runs: Sequence[Run], count: int, seed: int) 
 def _card(question: str, kinds: set[str], runs: Sequence[Run], verdicts: Sequence[Mapping[str, bool]]) -> str:
     asked, reference = runs[0].asked[question], runs[0].references.get(question, {})
     lines = []
-    for run, right in zip(runs, verdicts, strict=True):
+    for i, (run, right) in enumerate(zip(runs, verdicts, strict=True)):
+        colour = f' style="border-left: 4px solid {COLOURS[i]}; padding-left: 6px"' if i < len(COLOURS) else ""
         kind = "right" if right[question] else "wrong"
         scores = next(one["scores"] for one in run.sighted["per_sample"] if one["id"] == question)
         told = ", ".join(f"{key} {value:.2f}" for key, value in scores.items() if isinstance(value, (int, float)))
         words = escape(run.answers.get(question, "")) or "<em>(nothing)</em>"
         lines.append(
-            f'<dt>{escape(run.name)}</dt><dd>{words} <span class="{kind}" title="{escape(told)}">{kind}</span></dd>'
+            f'<dt{colour}>{escape(run.name)}</dt><dd>{words} <span class="{kind}" title="{escape(told)}">{kind}</span></dd>'
         )
     return (
         f'<article class="card sample {" ".join(sorted(kinds))}">{_picture(question, asked, reference, runs)}'
