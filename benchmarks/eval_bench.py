@@ -15,7 +15,7 @@ medians: above 1, ours is faster. The two accuracies must be equal to the offici
 
 times greedy answers instead: questions of easy-VQA's test set to a model of the quickstart's size with random weights, 8 new
 tokens each, asked one at a time, in batches of 16, and in exact batches of 16, in turn; after one round that compiles. Counted are
-the answers of the batches that differ from those asked one at a time, in the model's own type and in bfloat16.
+the answers of the batches that differ from those asked one at a time, for each --dtype.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def times(started: tuple[float, float], read: tuple[float, float]) -> dict:
     return dict(zip(names, (*both, *alone), strict=True))
 
 
-def generation(rounds: int, count: int = 32, new: int = 8) -> dict:
+def generation(rounds: int, dtypes: list[str], count: int = 32, new: int = 8) -> dict:
     """Seconds of each way of asking, and how many answers differ, by type."""
     import dataclasses
 
@@ -134,7 +134,7 @@ def generation(rounds: int, count: int = 32, new: int = 8) -> dict:
         for one in asked
     ]
     found = {}
-    for dtype in ("float32", "bfloat16"):
+    for dtype in dtypes:
         rng = np.random.default_rng(0)
         config = dataclasses.replace(values.model, dtype=dtype)
         params = jax.tree.map(
@@ -189,6 +189,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", default="", metavar="FILE")
     parser.add_argument("--generation", action="store_true", help="time generating instead of scoring")
+    parser.add_argument("--dtype", default="float32", help="of the generating model, as in float32,bfloat16")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -197,7 +198,7 @@ def main() -> None:
         print(json.dumps(ours(folder) if options.side == "jaxvlm" else official(folder, Path(options.official))))
         return
     if options.generation:
-        result = generation(options.rounds)
+        result = generation(options.rounds, options.dtype.split(","))
         if options.out:
             Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
         return
