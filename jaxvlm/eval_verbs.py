@@ -18,6 +18,7 @@ from jaxvlm.evals.compare import RESAMPLES, z_scores
 from jaxvlm.evals.compare import compare as compare_runs
 from jaxvlm.evals.compare import intervals as intervals_of
 from jaxvlm.evals.scoring import score as score_answers
+from jaxvlm.study_verbs import clusters, columns, save
 
 USAGE = """jaxvlm eval: evaluate a run, and score answers that any program wrote.
 
@@ -28,6 +29,7 @@ USAGE = """jaxvlm eval: evaluate a run, and score answers that any program wrote
   jaxvlm eval score     --task T --protocol P --references R --answers A             score answers; no model is run
   jaxvlm eval export    --task T --protocol P --references R --answers A --out F     the benchmark's submission file
   jaxvlm eval compare   --run NAME=RESULT.json --run ... --references R              which differences are more than noise
+  jaxvlm eval clusters  TABLE.csv --out DIR             which benchmarks measure the same
 
 A is LLaVA's answer JSONL, `jaxvlm generate`'s, or an official submission; R is what `jaxvlm eval tasks T` says. Example:
   jaxvlm eval score --task gqa --protocol llava15 --answers merge.jsonl --references testdev_balanced_questions.json
@@ -47,7 +49,7 @@ def show_tasks(argv: Sequence[str]) -> int:
     if not name:
         rows = [("task", "benchmark", "protocols")]
         rows += [(name, task.title, ", ".join(task.protocols)) for name, task in tasks.TASKS.items()]
-        print(_columns(rows))
+        print(columns(rows))
         return 0
     task = tasks.find_task(name)
     splits = ", ".join(f"{split} ({count:,})" for split, count in task.splits.items()) or "not listed"
@@ -55,7 +57,7 @@ def show_tasks(argv: Sequence[str]) -> int:
     print(f"  submission  {'yes' if name in submissions.WRITERS else 'none'}\n")
     rows = [("protocol", "takes", "papers print", "")]
     rows += [(key, how.takes, how.headline, how.note) for key, how in task.protocols.items()]
-    print(_columns(rows))
+    print(columns(rows))
     return 0
 
 
@@ -146,7 +148,7 @@ def benchmark(argv: Sequence[str]) -> int:
         if options.intervals:
             result["intervals"] = intervals_of(result, references, resamples=options.intervals)
         values[mode] = result["value"]
-        _save(result | {"blind": mode}, scored)
+        save(result | {"blind": mode}, scored)
         print(f"\n{name}: {_summary(result)}\n")
     if options.blind != "none":
         print(f"What seeing is worth: {values[''] - values[options.blind]:.2f} ({options.blind})")
@@ -185,7 +187,7 @@ def score(argv: Sequence[str]) -> int:
         result["intervals"] = intervals_of(result, references, resamples=options.intervals)
     print(_summary(result))
     if options.out:
-        _save(result, Path(options.out))
+        save(result, Path(options.out))
         print(f"\nWritten to {options.out}.")
     return 0
 
@@ -239,9 +241,9 @@ def compare(argv: Sequence[str]) -> int:
     scores = z_scores(whole) if len(whole) > 1 else None
     if scores:
         heads = ("z-scores", *whole, "mean")
-        print(_columns([heads, *((run, *(f"{zs[name]:+.2f}" for name in heads[1:])) for run, zs in scores.items())]))
+        print(columns([heads, *((run, *(f"{zs[name]:+.2f}" for name in heads[1:])) for run, zs in scores.items())]))
     if options.out:
-        _save({"benchmarks": made, "z_scores": scores}, Path(options.out))
+        save({"benchmarks": made, "z_scores": scores}, Path(options.out))
     if options.csv:
         with Path(options.csv).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
@@ -277,7 +279,7 @@ def _compared(one: dict[str, Any]) -> str:
     for name, run in one["runs"].items():
         spread = "" if run["deviation"] is None else f"{run['deviation']:.2f}"
         rows.append((name, f"{run['value']:.2f}", _range(run["interval"]), str(run["seeds"]), spread))
-    lines += ["", _columns(rows), ""]
+    lines += ["", columns(rows), ""]
     rows = [("difference", "", "95 %", "p", "corrected", "McNemar", "")]
     for pair in one["pairs"]:
         exact = "" if pair["mcnemar"] is None else f"{pair['mcnemar']:.4f}"
@@ -290,7 +292,7 @@ def _compared(one: dict[str, Any]) -> str:
             exact,
         )
         rows.append((names, *cells, "within noise" if pair["noise"] else "real"))
-    return "\n".join([*lines, _columns(rows)])
+    return "\n".join([*lines, columns(rows)])
 
 
 def _range(interval: Sequence[float]) -> str:
@@ -351,10 +353,6 @@ def _judged(options: argparse.Namespace, references: list[dict], found: list[dic
     return judges.judged_answers(matched, judgements)
 
 
-def _save(result: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(result, ensure_ascii=False, indent=1, default=str) + "\n", encoding="utf-8")
-
-
 def _summary(result: dict[str, Any]) -> str:
     """The result without its answers, as plain text."""
     value = "not among these questions" if result["value"] is None else f"{result['value']:.2f}"
@@ -373,12 +371,7 @@ def _summary(result: dict[str, Any]) -> str:
     lines += [f"  {'scored 0':16}{notes.count(note):,} answers: {note}" for note in dict.fromkeys(notes)]
     spans = {name: _range(interval) for name, interval in result.get("intervals", {}).items()}
     rows = [(name, f"{value:.2f}", spans.get(name, "")) for name, value in result["aggregate"].items()]
-    return "\n".join(lines) + "\n\n" + _columns(rows)
-
-
-def _columns(rows: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(lines) + "\n\n" + columns(rows)
 
 
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
@@ -388,6 +381,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "score": score,
     "export": export,
     "compare": compare,
+    "clusters": clusters,
 }
 
 
