@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import csv
 import difflib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any

@@ -14,7 +14,6 @@ from scipy.spatial.distance import squareform
 from test_evals_verbs import run
 
 from jaxvlm.evals import clusters
-from jaxvlm.evals.question_file import EvalError
 
 TABLES = Path(__file__).parent / "tables"
 
