@@ -17,7 +17,7 @@ from jaxvlm.evals.compare import RESAMPLES, z_scores
 from jaxvlm.evals.compare import compare as compare_runs
 from jaxvlm.evals.compare import intervals as intervals_of
 from jaxvlm.evals.scoring import score as score_answers
-from jaxvlm.study_verbs import clusters, columns, save
+from jaxvlm.study_verbs import clusters, columns, leakage, save, wording
 
 USAGE = """jaxvlm eval: evaluate a run, and score answers that any program wrote.
 
@@ -29,6 +29,8 @@ USAGE = """jaxvlm eval: evaluate a run, and score answers that any program wrote
   jaxvlm eval export    --task T --protocol P --references R --answers A --out F     the benchmark's submission file
   jaxvlm eval compare   --run NAME=RESULT.json --run ... --references R              which differences are more than noise
   jaxvlm eval clusters  TABLE.csv --out DIR             which benchmarks measure the same
+  jaxvlm eval leakage   --task T --references R --images DIR --training PATH --out F  which pictures training has seen
+  jaxvlm eval wording   --answers NAME=A --prompts Q    length and refusals; with --result hallucination
 
 A is LLaVA's answer JSONL, `jaxvlm generate`'s, or an official submission; R is what `jaxvlm eval tasks T` says. Example:
   jaxvlm eval score --task gqa --protocol llava15 --answers merge.jsonl --references testdev_balanced_questions.json
@@ -381,6 +383,8 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "export": export,
     "compare": compare,
     "clusters": clusters,
+    "leakage": leakage,
+    "wording": wording,
 }
 
 

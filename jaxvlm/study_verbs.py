@@ -5,11 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jaxvlm.evals import cluster_page
+from jaxvlm.config import ConfigError
+from jaxvlm.evals import answers, cluster_page, readers, tasks
 from jaxvlm.evals import clusters as clustering
+from jaxvlm.evals import leakage as leaks
+from jaxvlm.evals import wording as words
+from jaxvlm.evals.asking import picture_name
 
 
 def clusters(argv: Sequence[str]) -> int:
@@ -45,6 +50,123 @@ def clusters(argv: Sequence[str]) -> int:
             f"clusters against groups: adjusted Rand {said['adjusted_rand']:.2f} (p = {said['adjusted_rand_p']:.4f})"
         )
     print(f"\nWritten to {options.out}; open clusters.html in a browser.")
+    return 0
+
+
+def leakage(argv: Sequence[str]) -> int:
+    """Which of a benchmark's pictures are in the training data, by perceptual hashes, and results without them."""
+    parser = argparse.ArgumentParser(prog="jaxvlm eval leakage", description=leakage.__doc__)
+    parser.add_argument("--task", required=True, help="`jaxvlm eval tasks` lists them")
+    parser.add_argument("--references", required=True, metavar="PATH", help="the benchmark's official file or folder")
+    parser.add_argument("--split", default="", help="which split, where the files hold several")
+    parser.add_argument("--images", required=True, metavar="FOLDER", help="the benchmark's pictures")
+    parser.add_argument("--training", required=True, metavar="PATH", help="a training source, or a folder of pictures")
+    parser.add_argument("--training-images", default="", metavar="FOLDER", help="the pictures that the source names")
+    parser.add_argument(
+        "--distance",
+        type=int,
+        default=leaks.DISTANCE,
+        help="bits that may differ (4); 0 is nearest to Cambrian's count",
+    )
+    parser.add_argument(
+        "--result", metavar="FILE", help="of eval score or benchmark: its score without the pictures seen"
+    )
+    parser.add_argument("--out", required=True, metavar="FILE", help="JSON: every picture that was found, and where")
+    options = parser.parse_args(argv)
+    references = tasks.read_references(options.task, options.references, options.split)
+    result = readers.read_json(Path(options.result)) if options.result else None
+    if result and result["task"] != options.task:
+        raise ConfigError(f"{options.result} is a result of {result['task']}, not of {options.task}.")
+    shown = {one["id"]: picture_name(options.task, one, Path(options.images)) for one in references}
+    named = sorted({name for name in shown.values() if name})
+    mine = leaks.hashes([partial(str, Path(options.images, name)) for name in named], "pictures of the benchmark")
+    bad = [name for name, pair in zip(named, mine, strict=True) if pair is None]
+    if bad:
+        raise ConfigError(f"{len(bad)} of the benchmark's pictures cannot be read, {bad[0]} among them.")
+    pictures = leaks.training_pictures(options.training, options.training_images)
+    theirs = leaks.hashes(list(pictures.values()), "pictures of training")
+    readable = {name: pair for name, pair in zip(pictures, theirs, strict=True) if pair}
+    found = leaks.copies(dict(zip(named, mine, strict=True)), readable, options.distance)
+    places = {copy.picture for copy in found}
+    seen = {name for name, picture in shown.items() if picture in places}
+    made: dict[str, Any] = {
+        "task": options.task,
+        "training": options.training,
+        "distance": options.distance,
+        "pictures": len(named),
+        "training_pictures": len(readable),
+        "unreadable": len(pictures) - len(readable),
+        "seen_pictures": len(places),
+        "seen_questions": sorted(seen),
+        "copies": [copy._asdict() for copy in found],
+    }
+    share = 100 * len(places) / len(named)
+    print(
+        f"{options.task}: {len(places):,} of {len(named):,} pictures ({share:.2f} %) are among {len(readable):,} of training"
+        f" ({made['unreadable']:,} unreadable); {len(seen):,} of {len(shown):,} questions are about them."
+    )
+    if result:
+        made["score"] = leaks.without(result, references, seen)
+        rows = [("questions", "n", made["score"]["headline"], "95 %")]
+        for name in ("all", "clean", "seen"):
+            one = made["score"][name]
+            value, span = one["value"], one["interval"]
+            shown_value = ("-", "") if value is None else (f"{value:.2f}", f"{span[0]:.2f} to {span[1]:.2f}")
+            rows.append((name, f"{one['n']:,}", *shown_value))
+        print("\n" + columns(rows))
+    save(made, options.out)
+    return 0
+
+
+def wording(argv: Sequence[str]) -> int:
+    """How long answers are, how many are refusals, and what POPE and CHAIR say of hallucination."""
+    parser = argparse.ArgumentParser(prog="jaxvlm eval wording", description=wording.__doc__)
+    parser.add_argument(
+        "--answers", action="append", default=[], metavar="NAME=FILE", help="a model's answers; repeat it"
+    )
+    parser.add_argument("--prompts", default="", metavar="FILE", help="the question file; rates are by its `category`")
+    parser.add_argument(
+        "--result", action="append", default=[], metavar="NAME=FILE", help="of eval score, of pope or chair"
+    )
+    parser.add_argument("--out", metavar="FILE", help="write everything there as JSON, each refusal with it")
+    options = parser.parse_args(argv)
+    for text in [*options.answers, *options.result]:
+        if not all(text.partition("=")[::2]):
+            raise ConfigError(f"{text}: give a name and a file, as in mine=answers.jsonl.")
+    if not options.answers and not options.result:
+        raise ConfigError("Nothing to read: give --answers NAME=FILE, --result NAME=FILE, or both.")
+    read = {
+        name: answers.read_answers(file, options.prompts)
+        for name, _, file in (a.partition("=") for a in options.answers)
+    }
+    made: dict[str, Any] = {
+        "answers": {name: words.describe(records) for name, records in read.items()},
+        "hallucination": {},
+    }
+    rows = [("answers", "category", "n", "words", "95 %", "median", "longest twentieth", "empty", "refused", "95 %")]
+    for name, parts in made["answers"].items():
+        for category, one in parts.items():
+            span, refused = (
+                f"{low:.1f} to {high:.1f}" for low, high in (one["words_interval"], one["refused_interval"])
+            )
+            cells = (f"{one['words']:.1f}", span, f"{one['median']:.0f}", f"{one['p95']:.0f}", f"{one['empty']:,}")
+            rows.append((name, category, f"{one['n']:,}", *cells, f"{one['refused']:.1f} %", refused))
+    if read:
+        print(columns(rows))
+    for name, _, file in (text.partition("=") for text in options.result):
+        result = readers.read_json(Path(file))
+        if result["task"] not in words.HALLUCINATION:
+            raise ConfigError(
+                f"{file} is a result of {result['task']}; hallucination is read from {', '.join(words.HALLUCINATION)}."
+            )
+        numbers = {
+            key: result["aggregate"][key] for key in words.HALLUCINATION[result["task"]] if key in result["aggregate"]
+        }
+        made["hallucination"].setdefault(name, {})[f"{result['task']} {result['protocol']}"] = numbers
+        shown = ", ".join(f"{key} {value:.2f}" for key, value in numbers.items())
+        print(f"\n  {name}, {result['task']} ({result['protocol']}): {shown}")
+    if options.out:
+        save(made, options.out)
     return 0
 
 
