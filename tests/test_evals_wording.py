@@ -9,7 +9,7 @@ import pytest
 from eval_files import lines
 from test_evals_verbs import run
 
-from jaxvlm.evals import score, wording
+from jaxvlm.evals import score, tasks, wording
 
 REFUSALS = [
     "I'm sorry, but I cannot assist with that.",
@@ -85,9 +85,6 @@ def test_hallucination(tmp_path, capsys):
     references = [
         {"question_id": i, "image": "x", "text": "q", "label": w, "category": "random"} for i, w in enumerate(labels)
     ]
-    answers = [{"id": f"random/{i}", "text": word} for i, word in enumerate(words)]
-    from jaxvlm.evals import tasks
-
     ids = [one["id"] for one in tasks.readers.completed(references, tasks.find_task("pope").complete)]
     answers = [{"id": name, "text": word} for name, word in zip(ids, words, strict=True)]
     result = score("pope", "official", answers, references)

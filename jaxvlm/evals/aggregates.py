@@ -74,7 +74,7 @@ def _share(flags: Any) -> float:
 
 
 def binary_scores(rows: Sequence[Row]) -> dict[str, float]:
-    """Accuracy, precision, recall, F1 (of yes) and the share of yes, as in POPE's script; specificity is ours: no where it is no."""
+    """Accuracy, precision, recall, F1 (of yes) and the share of yes, as in POPE's script; and specificity, no where it is no."""
     yes = [row.parsed == "yes" for row in rows]
     truth = [row.reference["label"] != "no" for row in rows]
     both = sum(a and b for a, b in zip(yes, truth, strict=True))

@@ -39,11 +39,11 @@ _RULES = r"(?:guidelines|policy|policies|programming|principles|ethical|inapprop
 _REFUSALS = tuple(
     re.compile(pattern)
     for pattern in (
-        rf"\bi(?: |'m |'|\b)?(?:simply |really |just )?{_CANNOT}\b(?: \w+){{0,2}}? (?:{_SERVE}|with (?:that|this))\w*\b",
+        rf"\bi ?(?:simply |really |just )?{_CANNOT}\b(?: \w+){{0,2}}? (?:{_SERVE}|with (?:that|this))\w*\b",
         r"\bi (?:must|have to|will have to) (?:respectfully )?decline\b|\bi (?:respectfully )?(?:decline|refuse)\b",
         r"^(?:i'm|i am|we're|we are)?\s*(?:very |so )?(?:sorry|afraid)[.!]?$",
-        rf"\b(?:sorry|apologi[sz]e)\b.{{0,80}}\b(?:{_CANNOT[3:-1]})\b.{{0,60}}\b(?:request|{_SERVE})",
-        rf"\bas an? (?:ai|artificial intelligence|language model|responsible)\b.{{0,120}}(?:{_CANNOT}\b.{{0,40}}\b{_SERVE}|{_RULES})",
+        rf"(?:^sorry|\bi(?:'m| am) (?:very |so )?sorry|\bi apologi[sz]e)\b.{{0,80}}{_CANNOT}\b.{{0,60}}\b(?:request|{_SERVE})",
+        rf"\bas an? (?:ai|language model|responsible)\b.{{0,120}}(?:{_CANNOT}\b.{{0,40}}\b{_SERVE}|{_RULES})",
         r"\b(?:goes )?against (?:my|our|the) (?:\w+ )?(?:guidelines|policy|policies|programming|principles|values)\b",
         r"^(?:sorry, |i'm sorry, but |i am sorry, but )?it(?:'s| is| would be) "
         r"(?:not (?:appropriate|ethical|acceptable|legal|okay|ok|right)|inappropriate|unethical|illegal)\b",
