@@ -17,7 +17,7 @@ from jaxvlm.evals.compare import RESAMPLES, z_scores
 from jaxvlm.evals.compare import compare as compare_runs
 from jaxvlm.evals.compare import intervals as intervals_of
 from jaxvlm.evals.scoring import score as score_answers
-from jaxvlm.study_verbs import clusters, columns, leakage, save, wording
+from jaxvlm.study_verbs import clusters, columns, language, leakage, save, wording
 
 USAGE = """jaxvlm eval: evaluate a run, and score answers that any program wrote.
 
@@ -31,6 +31,7 @@ USAGE = """jaxvlm eval: evaluate a run, and score answers that any program wrote
   jaxvlm eval clusters  TABLE.csv --out DIR             which benchmarks measure the same
   jaxvlm eval leakage   --task T --references R --images DIR --training PATH --out F  which pictures training has seen
   jaxvlm eval wording   --answers NAME=A --prompts Q    length and refusals; with --result hallucination
+  jaxvlm eval language  --run before=RUN --run after=RUN --text F --mmlu DIR    what tuning did to the language model
 
 A is LLaVA's answer JSONL, `jaxvlm generate`'s, or an official submission; R is what `jaxvlm eval tasks T` says. Example:
   jaxvlm eval score --task gqa --protocol llava15 --answers merge.jsonl --references testdev_balanced_questions.json
@@ -385,6 +386,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "clusters": clusters,
     "leakage": leakage,
     "wording": wording,
+    "language": language,
 }
 
 

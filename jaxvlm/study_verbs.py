@@ -12,6 +12,7 @@ from typing import Any
 from jaxvlm.config import ConfigError
 from jaxvlm.evals import answers, cluster_page, readers, tasks
 from jaxvlm.evals import clusters as clustering
+from jaxvlm.evals import language as lm
 from jaxvlm.evals import leakage as leaks
 from jaxvlm.evals import wording as words
 from jaxvlm.evals.asking import picture_name
@@ -165,6 +166,68 @@ def wording(argv: Sequence[str]) -> int:
         made["hallucination"].setdefault(name, {})[f"{result['task']} {result['protocol']}"] = numbers
         shown = ", ".join(f"{key} {value:.2f}" for key, value in numbers.items())
         print(f"\n  {name}, {result['task']} ({result['protocol']}): {shown}")
+    if options.out:
+        save(made, options.out)
+    return 0
+
+
+def language(argv: Sequence[str]) -> int:
+    """What tuning did to the language model: perplexity of a text and multiple choice by likelihood, without pictures."""
+    parser = argparse.ArgumentParser(prog="jaxvlm eval language", description=language.__doc__)
+    parser.add_argument(
+        "--run",
+        action="append",
+        required=True,
+        metavar="NAME=PATH",
+        help="a run or model; the first is what others are compared with",
+    )
+    parser.add_argument("--text", metavar="FILE", help="held-out text, UTF-8")
+    parser.add_argument(
+        "--mmlu", metavar="PATH", help="a CSV, or the folder with test/ and dev/ (five examples before each)"
+    )
+    parser.add_argument("--arc", metavar="FILE", help="JSONL, AI2's or the Hub's")
+    parser.add_argument("--hellaswag", metavar="FILE", help="JSONL")
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N questions of each")
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--out", metavar="FILE", help="write everything there as JSON")
+    options = parser.parse_args(argv)
+    runs = dict(text.partition("=")[::2] for text in options.run)
+    if len(runs) < len(options.run) or not all(runs.values()):
+        raise ConfigError("--run takes a name of its own and a path, as in --run before=PATH.")
+    asked = {name: getattr(options, name) for name in lm.READERS if getattr(options, name)}
+    questions = {name: lm.READERS[name](path)[: options.limit] for name, path in asked.items()}
+    text = Path(options.text).read_text(encoding="utf-8") if options.text else ""
+    if not text and not questions:
+        raise ConfigError("Nothing to ask: give --text, --mmlu, --arc or --hellaswag.")
+    from jaxvlm.infer.engine import load
+
+    made: dict[str, Any] = {"runs": {}, "changes": {}}
+    for name, path in runs.items():
+        engine = load(path, dtype=None)
+        one = {"text": lm.perplexity(engine, text, batch_size=options.batch_size)} if text else {}
+        one |= {task: lm.choose(engine, some, batch_size=options.batch_size) for task, some in questions.items()}
+        made["runs"][name] = {"model": engine.fingerprint, **one}
+        del engine
+    before, *rest = runs
+    for name in rest:
+        made["changes"][name] = {
+            task: lm.change(made["runs"][before][task], made["runs"][name][task])
+            for task in ["text"] * bool(text) + list(questions)
+        }
+    rows = [("", "", *runs, *(f"{name} - {before}" for name in rest))]
+    measures = [("text", m) for m in ("perplexity", "bits_per_byte", "loss") if text]
+    for task, measure in measures + [(task, m) for task in questions for m in ("accuracy", "accuracy_norm")]:
+        cells = [f"{made['runs'][name][task][measure]:.3f}" for name in runs]
+        for name in rest:
+            moved = made["changes"][name][task]
+            span = moved.get(f"{measure}_interval")
+            cells.append(
+                f"{moved[measure]:+.3f}" + (f" ({span[0]:+.3f} to {span[1]:+.3f})" if span else "")
+                if measure in moved
+                else ""
+            )
+        rows.append((task, measure, *cells))
+    print(columns(rows))
     if options.out:
         save(made, options.out)
     return 0
