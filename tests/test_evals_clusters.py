@@ -16,6 +16,9 @@ from test_evals_verbs import run
 from jaxvlm.evals import clusters
 
 TABLES = Path(__file__).parent / "tables"
+MEANS = """48.37 38.78 36.79 45.84 48.80 47.57 47.38 39.02 41.83 41.18 40.60 34.94 34.70 37.69 38.58 38.88 31.74 32.37 35.65 35.44
+36.59 40.13 37.45"""  # of each model, as the paper prints them
+MEANS = [float(mean) for mean in MEANS.split()]
 
 
 def factors(models, seed=0):
@@ -94,7 +97,7 @@ def test_cambrians_table(tmp_path, capsys):
     found = clusters.read_table(TABLES / "cambrian.csv")
     assert found.values.shape == (23, 16)
     values = found.values / np.where(np.array(found.benchmarks) == "MME", 20, 1)
-    assert values.mean(1)[0] == pytest.approx(48.37, abs=0.01) and values.mean(1)[-1] == pytest.approx(37.45, abs=0.01)
+     np.testing.assert_allclose(values.mean(1), MEANS, atol=0.011)
     out = tmp_path / "clusters"
     groups = ["--groups", TABLES / "cambrian_groups.csv"]
     code, shown, _ = run(capsys, "clusters", TABLES / "cambrian.csv", *groups, "--out", out, "--resamples", 200)
