@@ -196,16 +196,17 @@ def spilled(folder) -> dict[str, int]:
         (577, 577, 16, 1, 64, None),
         (729, 729, 16, 1, 72, None),
         (144, 2880, 8, 1, 96, None),
+        (2048, 2048, 4, 2, 256, None),
         (2048, 2048, 4, 2, 256, 50.0),
     ],
     ids=str,
 )
 def test_the_kernels_compile(shape, h100, dump):
-    """Nothing is spilled, but for the backward pass with a soft cap, a few bytes (docs/performance.md)."""
+    """Nothing is spilled, but for dq of the widest heads, a few bytes (docs/performance.md)."""
     compiled(jax.sharding.SingleDeviceSharding(h100[0]), jax.checkpoint_policies.everything_saveable, shape)
     spills = spilled(dump)
     assert spills.pop("interval_attention") == 0 and spills
-    assert max(spills.values()) <= (0 if shape[5] is None else 100)
+    assert max(spills.values()) <= (0 if shape[4] < 256 else 100)
 
 
 def test_a_policy_that_keeps_the_results_runs_each_kernel_once(h100):

@@ -1,0 +1,318 @@
+"""Our attention beside that of jax, torch and, where they are installed, tokamax and flash-attn, in one run.
+
+  python benchmarks/attention_bench.py [--rounds 7] [--out benchmarks/results/attention.json]
+
+On a CPU in float32 with small inputs, on a GPU in bfloat16 with large ones and every implementation of ours that serves there,
+the named ones too. Rows are uniform (all of a row is one sequence) or packed: sequences of random lengths one after the other,
+each causal by itself, no padding. A side that knows no sequences gets the mask that makes it right, [B, 1, S, S], made before.
+
+The sides take turns, round by round, and each round takes the next of several inputs (of packed rows also other lengths). On a
+GPU a round is ten calls in a row between two waits, its tenth the time of one. Reported are medians, and FLOP/s that count only the
+pairs of a query and a key that it sees: 4 for each pair, head and dimension forward, 2.5 times that backward. Before anything
+is timed, results and gradients of every side are compared with ours (XLA); a side that differs or fails is in the table as such.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch wants some of the GPU
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from jaxvlm.kernels import intervals
+from jaxvlm.kernels.attention import IMPLEMENTATIONS, attention
+
+ON_GPU = jax.default_backend() == "gpu"
+DTYPE = "bfloat16" if ON_GPU else "float32"
+TOLERANCE = 0.05 if ON_GPU else 1e-4  # of the largest number compared
+CALLS = 10 if ON_GPU else 1  # in a row
+INPUTS = 3
+
+
+class Case(NamedTuple):
+    """`segment` is the mean length of the sequences in a packed row; 0 for a uniform one."""
+
+    batch: int
+    length: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    causal: bool
+    segment: int = 0
+
+    def __str__(self):
+        kind = f"packed, mean {self.segment}" if self.segment else "causal" if self.causal else "full"
+        return f"{self.batch} x {self.length}, {self.heads} over {self.kv_heads} heads of {self.head_dim}, {kind}"
+
+
+CPU_CASES = [
+    Case(2, 577, 12, 12, 64, causal=False),
+    Case(1, 1024, 9, 3, 64, causal=True),
+    Case(1, 2048, 9, 3, 64, causal=True, segment=450),
+]
+GPU_CASES = [Case(64, tokens, 16, 16, head_dim, False) for tokens, head_dim in ((577, 64), (729, 72))]
+GPU_CASES += [Case(16384 // s, s, 16, 16, 128, causal) for s in (2048, 4096, 8192, 16384) for causal in (False, True)]
+GPU_CASES += [Case(16384 // s, s, 32, 8, 128, causal=True, segment=900) for s in (4096, 8192)]
+
+
+class Inputs(NamedTuple):
+    """numpy: q and d_out [B, S, H, h], k and v [B, S, K, h], ids int32 [B, S]."""
+
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    d_out: np.ndarray
+    ids: np.ndarray
+
+
+def draw(case: Case, seed: int) -> Inputs:
+    rng = np.random.default_rng(seed)
+    ids = np.ones((case.batch, case.length), np.int32)
+    if case.segment:
+        ids += np.cumsum(rng.random(ids.shape) < 1 / case.segment, axis=1).astype(np.int32)
+    heads = case.heads, case.kv_heads, case.kv_heads, case.heads
+    shapes = [(case.batch, case.length, count, case.head_dim) for count in heads]
+    return Inputs(*(rng.normal(size=shape).astype(np.float32) for shape in shapes), ids)
+
+
+def useful_flops(case: Case, ids: np.ndarray) -> float:
+    """Of the forward pass."""
+    span = (intervals.causal if case.causal else intervals.bidirectional)(jnp.asarray(ids))
+    pairs = int((span[1] - span[0]).sum())
+    return 4.0 * pairs * case.heads * case.head_dim
+
+
+def mask_of(case: Case, ids: np.ndarray) -> np.ndarray | None:
+    """bool [B, 1, S, S] for packed rows."""
+    if not case.segment:
+        return None
+    return ((ids[:, :, None] == ids[:, None, :]) & np.tri(case.length, dtype=bool))[:, None]
+
+
+# -------------------------------------------------------------------------- sides: (case, inputs) -> forward, with gradients
+
+
+def of_jax(attend, prepare):
+    """`prepare(case, ids)` gives what `attend(case, q, k, v, prepared)` takes beside q, k and v."""
+
+    def side(case: Case, inputs: list[Inputs]):
+        forward = jax.jit(lambda q, k, v, _, more: attend(case, q, k, v, more))
+
+        @jax.jit
+        def both(q, k, v, d_out, more):
+            out, pull = jax.vjp(lambda *x: attend(case, *x, more), q, k, v)
+            return out, *pull(d_out)
+
+        on_device = [(*(jnp.asarray(x, DTYPE) for x in each[:4]), prepare(case, each.ids)) for each in inputs]
+        return [lambda i, run=run: run(*on_device[i]) for run in (forward, both)]
+
+    return side
+
+
+def of_torch(attend, prepare):
+    def side(case: Case, inputs: list[Inputs]):
+        where = dict(device="cuda" if ON_GPU else "cpu", dtype=getattr(torch, DTYPE))
+        on_device = [([torch.tensor(x).to(**where) for x in each[:4]], prepare(case, each.ids)) for each in inputs]
+
+        def forward(i):
+            (q, k, v, _), more = on_device[i]
+            with torch.no_grad():
+                return attend(case, q, k, v, more)
+
+        def both(i):
+            (*qkv, d_out), more = on_device[i]
+            qkv = [x.detach().requires_grad_() for x in qkv]
+            out = attend(case, *qkv, more)
+            return out, *torch.autograd.grad(out, qkv, d_out)
+
+        return forward, both
+
+    return side
+
+
+def ours(name: str):
+    def attend(case, q, k, v, span):
+        return attention(q, k, v, k_start=span[0], k_end=span[1], implementation=name)
+
+    def prepare(case, ids):
+        return (intervals.causal if case.causal else intervals.bidirectional)(jnp.asarray(ids))
+
+    return of_jax(attend, prepare)
+
+
+def jax_mask(case, ids):
+    mask = mask_of(case, ids)
+    return None if mask is None else jnp.asarray(mask)
+
+
+def jax_nn(implementation: str):
+    def attend(case, q, k, v, mask):
+        causal = case.causal and mask is None
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation=implementation)
+
+    return of_jax(attend, jax_mask)
+
+
+def tokamax_attention(case, q, k, v, mask):
+    import tokamax
+
+    return tokamax.dot_product_attention(q, k, v, mask=mask, is_causal=case.causal and mask is None)
+
+
+def sdpa(backend: SDPBackend | None):
+    def attend(case, q, k, v, mask):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        options = dict(attn_mask=mask, is_causal=case.causal and mask is None, enable_gqa=case.heads != case.kv_heads)
+        if backend is None:
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
+        with sdpa_kernel(backend):
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
+
+    def prepare(case, ids):
+        mask = mask_of(case, ids)
+        return None if mask is None else torch.tensor(mask, device="cuda" if ON_GPU else "cpu")
+
+    return of_torch(attend, prepare)
+
+
+def flash_attn(case, q, k, v, ends):
+    """The sequences of all rows one after the other."""
+    from flash_attn import flash_attn_varlen_func
+
+    edges, longest = ends
+    flat = (x.flatten(0, 1) for x in (q, k, v))
+    return flash_attn_varlen_func(*flat, edges, edges, longest, longest, causal=case.causal).view(q.shape)
+
+
+def sequence_edges(case, ids):
+    row = np.arange(case.batch)[:, None] * (ids.max() + 1)
+    starts = np.flatnonzero(np.diff((ids + row).ravel(), prepend=-1))
+    edges = np.append(starts, ids.size)
+    return torch.tensor(edges, dtype=torch.int32, device="cuda"), int(np.diff(edges).max())
+
+
+def sides() -> dict:
+    backend = "gpu" if ON_GPU else "cpu"
+    found = {f"jaxvlm {each.name}": ours(each.name) for each in reversed(IMPLEMENTATIONS[backend])}  # XLA's first
+    found["jax.nn"] = jax_nn("xla")
+    if not ON_GPU:
+        return found | {"torch sdpa": sdpa(None)}
+    found["jax.nn cuDNN"] = jax_nn("cudnn")
+    if torch.cuda.is_available():
+        kinds = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION, "default": None}
+        found |= {f"torch sdpa, {name}": sdpa(kind) for name, kind in kinds.items()}
+        if importlib.util.find_spec("flash_attn"):
+            found["flash-attn varlen"] = of_torch(flash_attn, sequence_edges)
+    if importlib.util.find_spec("tokamax"):
+        found["tokamax"] = of_jax(tokamax_attention, jax_mask)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------ measuring
+
+
+def wait(result) -> None:
+    if isinstance(jax.tree.leaves(result)[0], jax.Array):
+        jax.block_until_ready(result)
+    elif ON_GPU:
+        torch.cuda.synchronize()
+
+
+def seconds(run, i: int) -> float:
+    start = time.perf_counter()
+    for _ in range(CALLS):
+        result = run(i)
+    wait(result)
+    return (time.perf_counter() - start) / CALLS
+
+
+def numbers(x) -> np.ndarray:
+    return x.detach().float().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x, np.float32)
+
+
+def measure(case: Case, rounds: int) -> dict:
+    inputs = [draw(case, seed) for seed in range(INPUTS)]
+    flops = statistics.median(useful_flops(case, each.ids) for each in inputs)
+    ready, failed, truth = {}, {}, None
+    for name, side in sides().items():
+        try:
+            runs = side(case, inputs)
+            found = [numbers(x) for x in runs[1](0)]
+            wait(runs[0](0))  # compiled
+        except Exception as error:  # whatever another library raises: the table says it
+            failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            continue
+        truth = truth or found
+        error = max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(found, truth, strict=True))
+        if error > TOLERANCE:
+            failed[name] = f"differs from ours by {error:.1e} of the largest number"
+            continue
+        ready[name] = runs
+    times = {name: ([], []) for name in ready}
+    for turn in range(rounds):
+        for name, runs in ready.items():
+            for taken, run in zip(times[name], runs, strict=True):
+                taken.append(seconds(run, turn % INPUTS))
+    rows = {}
+    for name, (forward, both) in times.items():
+        rows[name] = {"forward_seconds": statistics.median(forward), "both_seconds": statistics.median(both)}
+        rows[name] |= {"forward_flops": flops / rows[name]["forward_seconds"]}
+        rows[name] |= {"both_flops": 3.5 * flops / rows[name]["both_seconds"], "all_seconds": [forward, both]}
+    return {"case": str(case), **case._asdict(), "useful_forward_flops": flops, "sides": rows, "failed": failed}
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", default="benchmarks/results/attention.json")
+    options = parser.parse_args()
+    threads = len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    names = [n for n in ("jax", "jaxlib", "torch", "numpy", "tokamax", "flash_attn") if importlib.util.find_spec(n)]
+    result = {
+        "what": "attention, forward and forward with backward",
+        "device": jax.devices()[0].device_kind if ON_GPU else f"{cpu_name()}, {threads} threads",
+        "dtype": DTYPE,
+        "versions": {name: metadata.version(name) for name in names},
+        "commit": commit,
+        "cases": [],
+    }
+    for case in GPU_CASES if ON_GPU else CPU_CASES:
+        measured = measure(case, options.rounds)
+        result["cases"].append(measured)
+        print(f"{case}\n  {'':24s}{'forward':>12s}{'GFLOP/s':>9s}{'+ backward':>12s}{'GFLOP/s':>9s}")
+        for name, row in measured["sides"].items():
+            columns = [
+                f"{row[k + '_seconds'] * 1e3:9.2f} ms{row[k + '_flops'] / 1e9:9.1f}" for k in ("forward", "both")
+            ]
+            print(f"  {name:24s}{''.join(columns)}", flush=True)
+        for name, why in measured["failed"].items():
+            print(f"  {name:24s}{why}", flush=True)
+    Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
+    print(f"Written to {options.out}.")
+
+
+if __name__ == "__main__":
+    main()
