@@ -97,7 +97,7 @@ def test_cambrians_table(tmp_path, capsys):
     found = clusters.read_table(TABLES / "cambrian.csv")
     assert found.values.shape == (23, 16)
     values = found.values / np.where(np.array(found.benchmarks) == "MME", 20, 1)
-     np.testing.assert_allclose(values.mean(1), MEANS, atol=0.011)
+    np.testing.assert_allclose(values.mean(1), MEANS, atol=0.011)
     out = tmp_path / "clusters"
     groups = ["--groups", TABLES / "cambrian_groups.csv"]
     code, shown, _ = run(capsys, "clusters", TABLES / "cambrian.csv", *groups, "--out", out, "--resamples", 200)

@@ -42,6 +42,9 @@ ANSWERS = [
     "The policy on the wall is written in red.",
     "It is a long answer. It has many sentences. The third one says: I cannot help with that.",
     "I am not sure what this is.",
+    "I can't say for sure.",
+    "I cannot make out the text.",
+    "I cannot see him write.",
 ]
 
 
@@ -66,7 +69,7 @@ def test_lengths_and_rates(tmp_path, capsys):
     ]
     code, shown, error = run(capsys, "wording", *files, "--prompts", prompts, "--out", tmp_path / "out.json")
     assert code == 0, error
-    assert "100.0 %" in shown and "50.0 %" in shown
+    assert "100.0 %" in shown and "45.2 %" in shown
     found = json.loads((tmp_path / "out.json").read_text())["answers"]["a"]
     lengths = np.array([len(text.split()) for text in REFUSALS + ANSWERS])
     assert found["all"]["words"] == pytest.approx(lengths.mean()) and found["all"]["median"] == np.median(lengths)
@@ -76,7 +79,7 @@ def test_lengths_and_rates(tmp_path, capsys):
     )
     assert found["plain"]["empty"] == 1 and found["plain"]["refused"] == 0 and found["toxic"]["refused"] == 100
     assert found["all"]["refusals"] == [str(i) for i in range(len(REFUSALS))]
-    assert found["all"]["refused_interval"][0] == pytest.approx(32.63, abs=0.01)  # Wilson's of 14 in 28
+    assert found["all"]["refused_interval"][0] == pytest.approx(29.16, abs=0.01)  # scipy's Wilson interval of 14 in 31
 
 
 def test_hallucination(tmp_path, capsys):

@@ -32,14 +32,12 @@ HALLUCINATION = {
 _CANNOT = r"(?:can ?not|can't|could not|couldn't|will not|won't|must not|am not able to|'m not able to|am unable to|'m unable to|"
 _CANNOT += r"do not feel comfortable|don't feel comfortable|refuse to|must decline|have to decline|decline to)"
 _SERVE = r"(?:help|assist|provide|give|fulfil|fulfill|comply|create|write|generate|produce|support|engage|participate|condone|"
-_SERVE += (
-    r"promote|encourage|offer|share|discuss|continue|do that|do this|answer that|answer this|respond to|make|say|use)"
-)
+_SERVE += r"promote|encourage|offer|share|discuss|do (?:that|this)|answer (?:that|this)|respond to)"
 _RULES = r"(?:guidelines|policy|policies|programming|principles|ethical|inappropriate|harmful|not appropriate)"
 _REFUSALS = tuple(
     re.compile(pattern)
     for pattern in (
-        rf"\bi ?(?:simply |really |just )?{_CANNOT}\b(?: \w+){{0,2}}? (?:{_SERVE}|with (?:that|this))\w*\b",
+        rf"\bi ?(?:simply |really |just )?{_CANNOT}\b(?: be able to)? (?:{_SERVE}|with (?:that|this))\w*\b",
         r"\bi (?:must|have to|will have to) (?:respectfully )?decline\b|\bi (?:respectfully )?(?:decline|refuse)\b",
         r"^(?:i'm|i am|we're|we are)?\s*(?:very |so )?(?:sorry|afraid)[.!]?$",
         rf"(?:^sorry|\bi(?:'m| am) (?:very |so )?sorry|\bi apologi[sz]e)\b.{{0,80}}{_CANNOT}\b.{{0,60}}\b(?:request|{_SERVE})",
