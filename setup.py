@@ -20,6 +20,7 @@ BASE = [
     "flax>=0.12.8,<0.13",  # only flax.linen, which holds across these; 0.12.8 is the newest for Python 3.11
     "optax>=0.2.8,<0.3",  # its states are in checkpoints, so a new series needs a look before it is let in
     "orbax-checkpoint>=0.12,<0.13",  # its v1 API, which still renames functions from one series to the next
+    "etils[epath]>=1.11",  # paths that may be in a bucket; orbax brings it too
     "grain>=0.2.18,<0.3",  # shuffling, threads and worker processes of the loader, with a state that resumes
     "ml_collections>=1.1",  # config files and their command-line overrides
     "absl-py>=2.1",  # the flags under ml_collections' overrides
