@@ -19,6 +19,7 @@ from jaxvlm.evals.compare import RESAMPLES, z_scores
 from jaxvlm.evals.compare import compare as compare_runs
 from jaxvlm.evals.compare import intervals as intervals_of
 from jaxvlm.evals.scoring import score as score_answers
+from jaxvlm.study_verbs import clusters, columns, language, leakage, save, wording
 
 USAGE = """jaxvlm eval: evaluate a run, and score answers that any program wrote.
 
@@ -29,6 +30,10 @@ USAGE = """jaxvlm eval: evaluate a run, and score answers that any program wrote
   jaxvlm eval score     --task T --protocol P --references R --answers A             score answers; no model is run
   jaxvlm eval export    --task T --protocol P --references R --answers A --out F     the benchmark's submission file
   jaxvlm eval compare   --run NAME=RESULT.json --run ... --references R              which differences are more than noise
+  jaxvlm eval clusters  TABLE.csv --out DIR             which benchmarks measure the same
+  jaxvlm eval leakage   --task T --references R --images DIR --training PATH --out F  which pictures training has seen
+  jaxvlm eval wording   --answers NAME=A --prompts Q    length and refusals; with --result hallucination
+  jaxvlm eval language  --run before=RUN --run after=RUN --text F --mmlu DIR    what tuning did to the language model
 
 A is LLaVA's answer JSONL, `jaxvlm generate`'s, or an official submission; R is what `jaxvlm eval tasks T` says. Example:
   jaxvlm eval score --task gqa --protocol llava15 --answers merge.jsonl --references testdev_balanced_questions.json
@@ -48,7 +53,7 @@ def show_tasks(argv: Sequence[str]) -> int:
     if not name:
         rows = [("task", "benchmark", "protocols")]
         rows += [(name, task.title, ", ".join(task.protocols)) for name, task in tasks.TASKS.items()]
-        print(_columns(rows))
+        print(columns(rows))
         return 0
     task = tasks.find_task(name)
     splits = ", ".join(f"{split} ({count:,})" for split, count in task.splits.items()) or "not listed"
@@ -56,7 +61,7 @@ def show_tasks(argv: Sequence[str]) -> int:
     print(f"  submission  {'yes' if name in submissions.WRITERS else 'none'}\n")
     rows = [("protocol", "takes", "papers print", "")]
     rows += [(key, how.takes, how.headline, how.note) for key, how in task.protocols.items()]
-    print(_columns(rows))
+    print(columns(rows))
     return 0
 
 
@@ -164,7 +169,7 @@ def benchmark(argv: Sequence[str]) -> int:
             result["intervals"] = intervals_of(result, references, resamples=options.intervals)
         values[mode] = result["value"]
         more = {"blind": mode, "settings": whole[0]["metadata"], "speed": speed}
-        _save(result | more | {"images": str(Path(options.images).absolute())}, scored)
+        save(result | more | {"images": str(Path(options.images).absolute())}, scored)
         print(f"\n{name}: {_summary(result)}\n")
     if values:  # for `jaxvlm report`
         complete = readers.completed(references, tasks.find_task(options.task).complete)
@@ -207,7 +212,7 @@ def score(argv: Sequence[str]) -> int:
         result["intervals"] = intervals_of(result, references, resamples=options.intervals)
     print(_summary(result))
     if options.out:
-        _save(result, Path(options.out))
+        save(result, Path(options.out))
         print(f"\nWritten to {options.out}.")
     return 0
 
@@ -261,9 +266,9 @@ def compare(argv: Sequence[str]) -> int:
     scores = z_scores(whole) if len(whole) > 1 else None
     if scores:
         heads = ("z-scores", *whole, "mean")
-        print(_columns([heads, *((run, *(f"{zs[name]:+.2f}" for name in heads[1:])) for run, zs in scores.items())]))
+        print(columns([heads, *((run, *(f"{zs[name]:+.2f}" for name in heads[1:])) for run, zs in scores.items())]))
     if options.out:
-        _save({"benchmarks": made, "z_scores": scores}, Path(options.out))
+        save({"benchmarks": made, "z_scores": scores}, Path(options.out))
     if options.csv:
         with Path(options.csv).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
@@ -299,7 +304,7 @@ def _compared(one: dict[str, Any]) -> str:
     for name, run in one["runs"].items():
         spread = "" if run["deviation"] is None else f"{run['deviation']:.2f}"
         rows.append((name, f"{run['value']:.2f}", _range(run["interval"]), str(run["seeds"]), spread))
-    lines += ["", _columns(rows), ""]
+    lines += ["", columns(rows), ""]
     rows = [("difference", "", "95 %", "p", "corrected", "McNemar", "")]
     for pair in one["pairs"]:
         exact = "" if pair["mcnemar"] is None else f"{pair['mcnemar']:.4f}"
@@ -312,7 +317,7 @@ def _compared(one: dict[str, Any]) -> str:
             exact,
         )
         rows.append((names, *cells, "within noise" if pair["noise"] else "real"))
-    return "\n".join([*lines, _columns(rows)])
+    return "\n".join([*lines, columns(rows)])
 
 
 def _range(interval: Sequence[float]) -> str:
@@ -380,10 +385,6 @@ def _judged(options: argparse.Namespace, references: list[dict], found: list[dic
     return judges.judged_answers(matched, judgements)
 
 
-def _save(result: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(result, ensure_ascii=False, indent=1, default=str) + "\n", encoding="utf-8")
-
-
 def _summary(result: dict[str, Any]) -> str:
     """The result without its answers, as plain text."""
     value = "not among these questions" if result["value"] is None else f"{result['value']:.2f}"
@@ -402,12 +403,7 @@ def _summary(result: dict[str, Any]) -> str:
     lines += [f"  {'scored 0':16}{notes.count(note):,} answers: {note}" for note in dict.fromkeys(notes)]
     spans = {name: _range(interval) for name, interval in result.get("intervals", {}).items()}
     rows = [(name, f"{value:.2f}", spans.get(name, "")) for name, value in result["aggregate"].items()]
-    return "\n".join(lines) + "\n\n" + _columns(rows)
-
-
-def _columns(rows: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(lines) + "\n\n" + columns(rows)
 
 
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
@@ -417,6 +413,10 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "score": score,
     "export": export,
     "compare": compare,
+    "clusters": clusters,
+    "leakage": leakage,
+    "wording": wording,
+    "language": language,
 }
 
 

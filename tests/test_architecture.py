@@ -40,6 +40,7 @@ TOP = {
     "main": set(ROOMS),
     "data_verbs": {"data"},
     "eval_verbs": {"evals", "infer"},
+    "study_verbs": {"data", "evals", "infer"},
     "job": set(ROOMS),
     "doctor": set(),
     "__init__": {"infer"},

@@ -260,7 +260,9 @@ def test_popes_numbers():
         + [("a", "no", 1, "no")] * 4
     )
     found = aggregates.binary_scores(rows(*((g, p, r, {"label": label}) for g, p, r, label in made)))
-    assert found == pytest.approx({"accuracy": 70, "precision": 75, "recall": 60, "f1": 200 / 3, "yes_ratio": 40})
+    assert found == pytest.approx(
+        {"accuracy": 70, "precision": 75, "recall": 60, "f1": 200 / 3, "yes_ratio": 40} | {"specificity": 80}
+    )
 
 
 def test_mme_adds_accuracy_and_pairs():
@@ -341,7 +343,9 @@ def test_chair_counts_mentions_and_captions():
     words = ["A dog and a cat, a kitten.", "Nothing here."]
     made = [{"id": q["id"], "text": w} for q, w in zip(found, words, strict=True)]
     numbers = score("chair", "official", made, found)["aggregate"]
-    assert numbers == pytest.approx({"chair_s": 50, "chair_i": 200 / 3, "mentions_per_caption": 1.5, "undefined": 0})
+    assert numbers == pytest.approx(
+        {"chair_s": 50, "chair_i": 200 / 3, "mentions_per_caption": 1.5, "undefined": 0} | {"coverage": 50}
+    )
     assert score("chair", "official", [{**a, "text": ""} for a in made], found)["aggregate"]["undefined"] == 1
 
 

@@ -242,7 +242,7 @@ def test_chair_counts_what_the_image_lacks():
     scored = captions.chair(
         {"text": "A man walks two dogs by a table"}, {"synonyms": SYNONYMS, "objects": ["person", "dog"]}
     )
-    assert scored.values == {"mentions": 3, "hallucinated": 1, "clean": 0}
+    assert scored.values == {"mentions": 3, "hallucinated": 1, "clean": 0, "objects": 2, "covered": 2}
     assert scored.parsed["hallucinated"] == ["dining table"]
 
 

@@ -74,21 +74,27 @@ def _share(flags: Any) -> float:
 
 
 def binary_scores(rows: Sequence[Row]) -> dict[str, float]:
-    """Accuracy, precision, recall, F1 (of yes) and the share of yes, as in POPE's script."""
+    """Accuracy, precision, recall, F1 (of yes) and the share of yes, as in POPE's script; and specificity, no where it is no."""
     yes = [row.parsed == "yes" for row in rows]
     truth = [row.reference["label"] != "no" for row in rows]
     both = sum(a and b for a, b in zip(yes, truth, strict=True))
     precision = both / sum(yes) if sum(yes) else 0.0
     recall = both / sum(truth) if sum(truth) else 0.0
     f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+    absent = len(rows) - sum(truth)
+    specificity = (absent - sum(yes) + both) / absent if absent else 0.0
     scores = {"accuracy": mean(rows), "precision": precision, "recall": recall, "f1": f1, "yes_ratio": _share(yes)}
-    return scores | {name: 100.0 * scores[name] for name in ("precision", "recall", "f1", "yes_ratio")}
+    scores["specificity"] = specificity
+    return scores | {name: 100.0 * scores[name] for name in scores if name != "accuracy"}
+
+
+SUMMED = ("f1", "accuracy", "yes_ratio", "specificity")
 
 
 def pope(rows: Sequence[Row]) -> dict[str, float]:
     """Each split's scores and their means; LLaVA's headline is the mean of the F1s."""
     parts = {name: binary_scores(part) for name, part in by(rows, lambda row: row.reference["category"]).items()}
-    result = {name: float(np.mean([part[name] for part in parts.values()])) for name in ("f1", "accuracy", "yes_ratio")}
+    result = {name: float(np.mean([part[name] for part in parts.values()])) for name in SUMMED}
     result["undefined"] = float(sum(part["yes_ratio"] == 0.0 for part in parts.values()))
     return result | {f"{name}/{split}": value for split, part in parts.items() for name, value in part.items()}
 
@@ -249,9 +255,14 @@ def ocrbench(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def chair(rows: Sequence[Row]) -> dict[str, float]:
-    """CHAIRs, captions with a hallucinated object, and CHAIRi, hallucinated among all mentions: lower is better."""
+    """CHAIRs, captions with a hallucinated object, and CHAIRi, hallucinated among all mentions: lower is better.
+
+    `coverage`, the share of the images' objects that captions name, is what hallucinating less may cost.
+    """
     mentions, false = (sum(row.values[name] for row in rows) for name in ("mentions", "hallucinated"))
     result = {"chair_s": 100.0 - mean(rows, "clean"), "chair_i": 100.0 * false / mentions if mentions else 0.0}
+    present = sum(row.values["objects"] for row in rows)
+    result["coverage"] = 100.0 * sum(row.values["covered"] for row in rows) / present if present else 0.0
     return result | {"mentions_per_caption": mentions / len(rows) if rows else 0.0, "undefined": float(not mentions)}
 
 

@@ -44,7 +44,7 @@ def write_questions(
     """
     about, how = tasks.find(task, protocol)
     references = completed(references, about.complete)
-    shown = [None if blind == "noimage" else _picture(task, reference, Path(images)) for reference in references]
+    shown = [None if blind == "noimage" else picture_name(task, reference, Path(images)) for reference in references]
     seen = picture_of(blind, [name for name in shown if name], seed, Path(images), Path(out).parent)
     records = []
     for reference, name in zip(references, shown, strict=True):
@@ -80,7 +80,8 @@ def draw(references: Sequence[dict], count: int, seed: int) -> list[dict]:
     return [reference for reference in references if reference["id"] in drawn]
 
 
-def _picture(task: str, reference: Record, images: Path) -> str | None:
+def picture_name(task: str, reference: Record, images: Path) -> str | None:
+    """The file of a question's picture in the folder `images`; None where the benchmark asks without. Raises `EvalError`."""
     name = reference.get("image")
     if not name:
         if task == "scienceqa":  # half of its questions have none

@@ -63,4 +63,8 @@ def chair(prediction: Record, reference: Record) -> Scored:
     named = objects_named(prediction["text"], reference["synonyms"])
     false = [name for name in named if name not in reference["objects"]]
     values = {"mentions": float(len(named)), "hallucinated": float(len(false)), "clean": float(not false)}
+    values |= {
+        "objects": float(len(set(reference["objects"]))),
+        "covered": float(len(set(named) & set(reference["objects"]))),
+    }
     return Scored({"named": named, "hallucinated": false}, values)

@@ -1,0 +1,149 @@
+"""Leakage: which of a benchmark's pictures are in the training data, by perceptual hashes, and the score without them.
+
+Cambrian-1 counts pictures whose difference hashes are equal (Tong et al. 2024, appendix on leakage). Here a few bits may differ, as
+in a copy that was scaled or compressed again, and a second hash, of other content, must agree. A picture that was
+seen is not a question that was seen: the answer to it may still be new.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from jaxvlm.config import SourceConfig
+from jaxvlm.data import DataError
+from jaxvlm.data.image import load_image
+from jaxvlm.data.sources import open_source
+from jaxvlm.evals.aggregates import Row
+from jaxvlm.evals.compare import aggregate_of, intervals, rows_of
+from jaxvlm.evals.question_file import EvalError
+from jaxvlm.evals.scorers import Record
+from jaxvlm.progress import Progress
+
+PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+DISTANCE = 4  # of 64 bits of the difference hash
+BLOCK = 1 << 22  # pairs compared at once
+FAR = np.uint8(255)  # more bits than two hashes have
+
+
+class Copy(NamedTuple):
+    """A benchmark's picture and the training picture nearest to it, with the bits in which their hashes differ."""
+
+    picture: str
+    training: str
+    difference_hash: int
+    cosine_hash: int
+
+
+def difference_hash(image: Image.Image) -> int:
+    """64 bits: whether each of 9 x 8 grey cells is darker than its right neighbour (dHash; N. Krawetz 2013)."""
+    cells = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)
+    return _number(cells[:, 1:] > cells[:, :-1])
+
+
+def cosine_hash(image: Image.Image) -> int:
+    """64 bits: which of the 8 x 8 slowest waves of the picture at 32 x 32 are above their median (pHash; C. Zauner 2010)."""
+    grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.BOX), np.float64)
+    waves = (WAVES @ grey @ WAVES.T).ravel()
+    return _number(waves > np.median(waves[1:]))  # the first is the mean grey
+
+
+WAVES = np.cos(np.pi * np.outer(np.arange(8), np.arange(32) + 0.5) / 32)  # rows of the discrete cosine transform
+
+
+def _number(bits: np.ndarray) -> int:
+    return int(np.packbits(bits).view(">u8")[0])
+
+
+def hashes(pictures: Sequence[Callable[[], str | bytes]], label: str) -> list[tuple[int, int] | None]:
+    """Both hashes of each picture, which its function gives as a path or a file's bytes; None for an unreadable one."""
+
+    def both(picture: Callable[[], str | bytes]) -> tuple[int, int] | None:
+        try:
+            image = load_image(picture())
+        except DataError:
+            return None
+        return difference_hash(image), cosine_hash(image)
+
+    with ThreadPoolExecutor(8) as pool, Progress("hash", len(pictures), label) as progress:
+        found = []
+        for pair in pool.map(both, pictures):
+            found.append(pair)
+            progress.add()
+    return found
+
+
+def training_pictures(path: str, images: str = "") -> dict[str, Callable[[], str | bytes]]:
+    """The pictures of a training source, or of a folder of them, by name.
+
+    Records that training cannot use are passed over, as there. Raises `DataError` for a source that cannot be opened,
+    `EvalError` for one without pictures.
+    """
+    if Path(path).is_dir():
+        files = sorted(str(file) for file in Path(path).rglob("*") if file.suffix.lower() in PICTURES)
+        if files:
+            return {file: partial(str, file) for file in files}
+    source, found = open_source(SourceConfig(path=path, images=images)), {}
+    for i in range(len(source)):
+        try:
+            named = source[i].get("image") or []
+        except DataError:
+            continue
+        for name in [named] if isinstance(named, str) else named:
+            found.setdefault(name, partial(source.image, name))
+    if not found:
+        raise EvalError(f"{path} holds no pictures: neither files of them nor records that name any.")
+    return found
+
+
+def copies(
+    pictures: Mapping[str, tuple[int, int]], training: Mapping[str, tuple[int, int]], distance: int = DISTANCE
+) -> list[Copy]:
+    """The pictures that have a copy in training: at most `distance` bits of the one hash differ and twice as many of the other.
+
+    Both hold hashes by name. Of several copies the nearest is named.
+    """
+    names, places = list(pictures), list(training)
+    mine, theirs = (np.array(list(h.values()), np.uint64).reshape(-1, 2) for h in (pictures, training))
+    found, rows = [], max(1, BLOCK // max(1, len(theirs)))
+    for start in range(0, len(mine) if len(theirs) else 0, rows):
+        first, second = (np.bitwise_count(mine[start : start + rows, None, k] ^ theirs[None, :, k]) for k in (0, 1))
+        apart = np.where((first <= distance) & (second <= 2 * distance), first + second, FAR)
+        for row, near in enumerate(apart.argmin(1).tolist()):
+            if apart[row, near] < FAR:
+                found.append(Copy(names[start + row], places[near], int(first[row, near]), int(second[row, near])))
+    return found
+
+
+def without(
+    result: Mapping[str, Any], references: Sequence[Record], seen: set[str], *, resamples: int = 1000, seed: int = 0
+) -> dict[str, Any]:
+    """A result's headline over all questions, without those in `seen` (ids), and over those alone, with 95 % intervals.
+
+    Questions of one group (a pair, a circle) stand or fall together: one that was seen takes its group with it.
+    """
+    rows = rows_of(result, references)
+    groups = {row.group for row in rows if row.id in seen}
+    parts: dict[str, list[Row]] = {
+        "all": rows,
+        "clean": [row for row in rows if row.group not in groups],
+        "seen": [row for row in rows if row.group in groups],
+    }
+    found: dict[str, Any] = {"headline": result["headline"]}
+    for name, part in parts.items():
+        kept = {row.id for row in part}
+        numbers = aggregate_of(result)(part) if part else {}
+        some = {**result, "aggregate": numbers, "per_sample": [s for s in result["per_sample"] if s["id"] in kept]}
+        spans = intervals(some, references, resamples=resamples, seed=seed) if part else {}
+        found[name] = {
+            "n": len(part),
+            "value": numbers.get(result["headline"]),
+            "interval": spans.get(result["headline"]),
+        }
+    return found
