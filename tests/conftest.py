@@ -27,6 +27,8 @@ if os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") != "1":
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Google's clients read these when they are imported, and otherwise look for an account of this machine, for minutes.
+os.environ |= {"NO_GCE_CHECK": "true", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
 
 # Nothing is fetched: hub clients and pip are told so, and sockets are guarded below.
 os.environ |= {

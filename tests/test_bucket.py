@@ -31,8 +31,6 @@ def emulator():
     with served("runs") as address, pytest.MonkeyPatch.context() as patch:
         patch.setenv("STORAGE_EMULATOR_HOST", address)
         patch.setenv("TENSORSTORE_GCS_HTTP_URL", address)
-        patch.setenv("NO_GCE_CHECK", "true")  # Google's clients would look for credentials of this machine, for minutes
-        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
         yield epath.Path("gs://runs")
 
 
