@@ -138,7 +138,7 @@ def test_too_little_disk_is_noticed_before_training(world, capsys, monkeypatch):
 
 
 def test_batch_that_does_not_divide(world, capsys):
-    fails(capsys, command(world, "--config.stages[0].batch_size=12"), "batch_size 12", "multiple of 8")
+    fails(capsys, command(world, "--config.stages[0].batch_size=12"), "batch_size = 12 rows", "multiple of 8")
 
 
 def test_diverging_loss(world, capsys):

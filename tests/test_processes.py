@@ -178,10 +178,3 @@ def test_the_hash_of_the_frozen_weights_sees_every_bit_and_no_mesh():
 def test_a_lost_permission_is_one_sentence(tmp_path, error):
     with pytest.raises(CheckpointError, match="not permitted any more"), explain_full_disk(tmp_path):
         raise error
-
-
-def test_an_address_as_workdir_is_refused():
-    from jaxvlm import job
-
-    with pytest.raises(ConfigError, match="Mount the bucket"):
-        job.run(None, "gs://bucket/run")
