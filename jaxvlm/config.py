@@ -231,9 +231,7 @@ class ModelConfig:
     llm: LLMConfig = field(default_factory=LLMConfig)
     dtype: str = "bfloat16"  # compute dtype; trainable parameters are float32 masters
     remat: str = "full"  # none | dots | offload | attention | full: what is recomputed for gradients, in both towers
-    attention: str = (
-        ""  # the implementation to take where it serves, such as `pallas_hopper` (docs/performance.md); '' chooses
-    )
+    attention: str = ""  # the implementation to take where it serves, such as `pallas_hopper`; '' chooses
 
     @property
     def lora(self) -> tuple[LoRAConfig, ...]:

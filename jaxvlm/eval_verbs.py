@@ -19,7 +19,7 @@ from jaxvlm.evals.compare import RESAMPLES, z_scores
 from jaxvlm.evals.compare import compare as compare_runs
 from jaxvlm.evals.compare import intervals as intervals_of
 from jaxvlm.evals.scoring import score as score_answers
-from jaxvlm.study_verbs import clusters, columns, language, leakage, save, wording
+from jaxvlm.study_verbs import clusters, columns, language, leakage, read_result, save, span, wording
 
 USAGE = """jaxvlm eval: evaluate a run, and score answers that any program wrote.
 
@@ -289,11 +289,7 @@ def _results(runs: Sequence[str]) -> dict[tuple[str, str], dict[str, list[dict]]
         if not files:
             raise ConfigError(f"--run {text}: give a name and its results, as in --run mine=result.json.")
         for file in files.split(","):
-            result = readers.read_json(Path(file))
-            if not isinstance(result, dict) or "per_sample" not in result:
-                raise ConfigError(
-                    f"{file} is no result: `jaxvlm eval score --out` and `jaxvlm eval benchmark` write them."
-                )
+            result = read_result(file)
             found.setdefault((result["task"], result["protocol"]), {}).setdefault(name, []).append(result)
     return found
 
@@ -303,7 +299,7 @@ def _compared(one: dict[str, Any]) -> str:
     rows = [("run", "value", "95 %", "seeds", "deviation")]
     for name, run in one["runs"].items():
         spread = "" if run["deviation"] is None else f"{run['deviation']:.2f}"
-        rows.append((name, f"{run['value']:.2f}", _range(run["interval"]), str(run["seeds"]), spread))
+        rows.append((name, f"{run['value']:.2f}", span(run["interval"]), str(run["seeds"]), spread))
     lines += ["", columns(rows), ""]
     rows = [("difference", "", "95 %", "p", "corrected", "McNemar", "")]
     for pair in one["pairs"]:
@@ -311,17 +307,13 @@ def _compared(one: dict[str, Any]) -> str:
         names = f"{pair['first']} - {pair['second']}"
         cells = (
             f"{pair['difference']:+.2f}",
-            _range(pair["interval"]),
+            span(pair["interval"]),
             f"{pair['p']:.4f}",
             f"{pair['p_holm']:.4f}",
             exact,
         )
         rows.append((names, *cells, "within noise" if pair["noise"] else "real"))
     return "\n".join([*lines, columns(rows)])
-
-
-def _range(interval: Sequence[float]) -> str:
-    return f"{interval[0]:.2f} to {interval[1]:.2f}"
 
 
 def _parser(verb: str, description: str | None) -> argparse.ArgumentParser:
@@ -401,7 +393,7 @@ def _summary(result: dict[str, Any]) -> str:
     lines += [f"  {name:16}{value}" for name, value in facts.items() if value]
     notes = [sample["note"] for sample in result["per_sample"] if "note" in sample]
     lines += [f"  {'scored 0':16}{notes.count(note):,} answers: {note}" for note in dict.fromkeys(notes)]
-    spans = {name: _range(interval) for name, interval in result.get("intervals", {}).items()}
+    spans = {name: span(interval) for name, interval in result.get("intervals", {}).items()}
     rows = [(name, f"{value:.2f}", spans.get(name, "")) for name, value in result["aggregate"].items()]
     return "\n".join(lines) + "\n\n" + columns(rows)
 

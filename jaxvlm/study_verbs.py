@@ -75,7 +75,7 @@ def leakage(argv: Sequence[str]) -> int:
     parser.add_argument("--out", required=True, metavar="FILE", help="JSON: every picture that was found, and where")
     options = parser.parse_args(argv)
     references = tasks.read_references(options.task, options.references, options.split)
-    result = readers.read_json(Path(options.result)) if options.result else None
+    result = read_result(options.result) if options.result else None
     if result and result["task"] != options.task:
         raise ConfigError(f"{options.result} is a result of {result['task']}, not of {options.task}.")
     shown = {one["id"]: picture_name(options.task, one, Path(options.images)) for one in references}
@@ -111,8 +111,8 @@ def leakage(argv: Sequence[str]) -> int:
         rows = [("questions", "n", made["score"]["headline"], "95 %")]
         for name in ("all", "clean", "seen"):
             one = made["score"][name]
-            value, span = one["value"], one["interval"]
-            shown_value = ("-", "") if value is None else (f"{value:.2f}", f"{span[0]:.2f} to {span[1]:.2f}")
+            value = one["value"]
+            shown_value = ("-", "") if value is None else (f"{value:.2f}", span(one["interval"]))
             rows.append((name, f"{one['n']:,}", *shown_value))
         print("\n" + columns(rows))
     save(made, options.out)
@@ -147,10 +147,8 @@ def wording(argv: Sequence[str]) -> int:
     rows = [("answers", "category", "n", "words", "95 %", "median", "longest twentieth", "empty", "refused", "95 %")]
     for name, parts in made["answers"].items():
         for category, one in parts.items():
-            span, refused = (
-                f"{low:.1f} to {high:.1f}" for low, high in (one["words_interval"], one["refused_interval"])
-            )
-            cells = (f"{one['words']:.1f}", span, f"{one['median']:.0f}", f"{one['p95']:.0f}", f"{one['empty']:,}")
+            length, refused = (span(one[name], 1) for name in ("words_interval", "refused_interval"))
+            cells = (f"{one['words']:.1f}", length, f"{one['median']:.0f}", f"{one['p95']:.0f}", f"{one['empty']:,}")
             rows.append((name, category, f"{one['n']:,}", *cells, f"{one['refused']:.1f} %", refused))
     if read:
         print(columns(rows))
@@ -220,9 +218,9 @@ def language(argv: Sequence[str]) -> int:
         cells = [f"{made['runs'][name][task][measure]:.3f}" for name in runs]
         for name in rest:
             moved = made["changes"][name][task]
-            span = moved.get(f"{measure}_interval")
+            around = moved.get(f"{measure}_interval")
             cells.append(
-                f"{moved[measure]:+.3f}" + (f" ({span[0]:+.3f} to {span[1]:+.3f})" if span else "")
+                f"{moved[measure]:+.3f}" + (f" ({around[0]:+.3f} to {around[1]:+.3f})" if around else "")
                 if measure in moved
                 else ""
             )
@@ -233,7 +231,20 @@ def language(argv: Sequence[str]) -> int:
     return 0
 
 
-# -------------------------------------------------------------------------------------------------------------- output
+# ------------------------------------------------------------------------------------------------- what all verbs share
+
+
+def read_result(path: str | Path) -> dict[str, Any]:
+    """A result that `jaxvlm eval score --out` or `jaxvlm eval benchmark` wrote. Raises `ConfigError` for another file."""
+    result = readers.read_json(Path(path))
+    if not isinstance(result, dict) or "per_sample" not in result:
+        raise ConfigError(f"{path} is no result: `jaxvlm eval score --out` and `jaxvlm eval benchmark` write them.")
+    return result
+
+
+def span(interval: Sequence[float], digits: int = 2) -> str:
+    """An interval in words."""
+    return f"{interval[0]:.{digits}f} to {interval[1]:.{digits}f}"
 
 
 def save(result: dict[str, Any], path: str | Path) -> None:

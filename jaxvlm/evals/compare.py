@@ -24,13 +24,19 @@ RESAMPLES = 1000
 LEVEL = 0.95
 
 
-@collector_paused()
 def intervals(
     result: Mapping[str, Any], references: Sequence[Record], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
     """The 95 % percentile interval of every number in a result of `score`, from its `per_sample` and the references."""
-    rows, aggregate = rows_of(result, references), aggregate_of(result)
-    found: dict[str, list[float]] = {name: [] for name in result["aggregate"]}
+    return row_intervals(rows_of(result, references), aggregate_of(result), resamples=resamples, seed=seed)
+
+
+@collector_paused()
+def row_intervals(
+    rows: Sequence[Row], aggregate: Aggregate, *, resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """The same of every number that `aggregate` gives for `rows`."""
+    found: dict[str, list[float]] = {name: [] for name in aggregate(rows)}
     for (drawn,) in _resampled([rows], resamples, seed):
         numbers = aggregate(drawn)
         for name, values in found.items():

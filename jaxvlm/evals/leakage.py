@@ -21,7 +21,7 @@ from jaxvlm.data import DataError
 from jaxvlm.data.image import load_image
 from jaxvlm.data.sources import open_source
 from jaxvlm.evals.aggregates import Row
-from jaxvlm.evals.compare import aggregate_of, intervals, rows_of
+from jaxvlm.evals.compare import aggregate_of, row_intervals, rows_of
 from jaxvlm.evals.question_file import EvalError
 from jaxvlm.evals.scorers import Record
 from jaxvlm.progress import Progress
@@ -135,15 +135,10 @@ def without(
         "clean": [row for row in rows if row.group not in groups],
         "seen": [row for row in rows if row.group in groups],
     }
-    found: dict[str, Any] = {"headline": result["headline"]}
+    headline, aggregate = result["headline"], aggregate_of(result)
+    found: dict[str, Any] = {"headline": headline}
     for name, part in parts.items():
-        kept = {row.id for row in part}
-        numbers = aggregate_of(result)(part) if part else {}
-        some = {**result, "aggregate": numbers, "per_sample": [s for s in result["per_sample"] if s["id"] in kept]}
-        spans = intervals(some, references, resamples=resamples, seed=seed) if part else {}
-        found[name] = {
-            "n": len(part),
-            "value": numbers.get(result["headline"]),
-            "interval": spans.get(result["headline"]),
-        }
+        value = aggregate(part).get(headline) if part else None
+        spans = row_intervals(part, aggregate, resamples=resamples, seed=seed) if part else {}
+        found[name] = {"n": len(part), "value": value, "interval": spans.get(headline)}
     return found
