@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxvlm.kernels import attention as kernels
-from jaxvlm.kernels import intervals
+from jaxvlm.kernels import dispatch, intervals
 from jaxvlm.kernels.attention import attention
 
 
@@ -179,9 +179,9 @@ def test_a_policy_keeps_the_output_once():
 def test_dispatcher(monkeypatch, caplog):
     q, k, v = draw(0, 1, 3, 3, 1, 1)
     k_start, k_end = intervals.full(1, 3, 3)
-    picky = kernels.Implementation("picky", lambda q, k: "needs head_dim 128", lambda *args: 1 / 0)
+    picky = dispatch.Implementation("picky", lambda q, k: "needs head_dim 128", lambda *args: 1 / 0)
     monkeypatch.setitem(kernels.IMPLEMENTATIONS, "cpu", (picky, kernels.XLA))
-    with caplog.at_level(logging.INFO, kernels.__name__):
+    with caplog.at_level(logging.INFO, dispatch.__name__):
         for _ in range(2):
             attention(q, k, v, k_start=k_start, k_end=k_end)
     assert [r.message for r in caplog.records] == ["attention on cpu: xla (picky: needs head_dim 128)"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import re
 
+import decode_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
 from jaxvlm.kernels import attention as kernels
-from jaxvlm.kernels import block_ranges, intervals
+from jaxvlm.kernels import block_ranges, dispatch, intervals
 from jaxvlm.kernels.attention import attention
 from jaxvlm.parallel import plan_targets
 
@@ -151,6 +152,23 @@ def test_the_gradients_are_the_same_every_time(interpreted):
         np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
 
 
+@pytest.mark.parametrize("shape", [shape for shape in decode_cases.SHAPES if shape[4] >= 64], ids=str)
+def test_decoding_equals_the_reference(shape, interpreted):
+    inputs = decode_cases.drawn(3, shape, jnp.bfloat16)
+    truth = decode_cases.run("xla", *(x.astype(jnp.float32) for x in inputs[:3]), *inputs[3:], shape[5])
+    reference = decode_cases.run("xla", *inputs, shape[5])
+    found = jax.jit(functools.partial(decoded, softcap=shape[5]))(*inputs).reshape(truth.shape)
+    error, allowed = (float(jnp.abs(x.astype(jnp.float32) - truth).max()) for x in (found, reference))
+    assert found.dtype == jnp.bfloat16 and error <= 2 * allowed + float(jnp.abs(truth).max()) * 2**-9
+
+
+def decoded(q, k, v, layer, start, end, softcap):
+    """What the kernel gives, for intervals within the cache."""
+    grouped = q.reshape(len(q), k.shape[2], -1, q.shape[2])
+    end = jnp.minimum(end, k.shape[3])
+    return hopper_attention.decode_attention(grouped, k, v, layer, start, end, q.shape[2] ** -0.5, softcap)
+
+
 # ----------------------------------------------------------------------------------- compiled, with no GPU at hand
 
 
@@ -209,6 +227,20 @@ def test_the_kernels_compile(shape, h100, dump):
     assert max(spills.values()) <= (0 if shape[4] < 256 else 100)
 
 
+@pytest.mark.parametrize("shape", [(32, 8, 4, 4096, 128, None), (1, 32, 1, 1152, 64, None)], ids=str)
+def test_decoding_compiles_and_copies_no_layer(shape, h100, dump):
+    rows, kv_heads, group, slots, head_dim, softcap = shape
+    sharding = jax.sharding.SingleDeviceSharding(h100[0])
+    sizes = (rows, kv_heads * group, head_dim), *2 * [(4, rows, kv_heads, slots, head_dim)]
+    arguments = [jax.ShapeDtypeStruct(size, jnp.bfloat16, sharding=sharding) for size in sizes]
+    arguments += [jax.ShapeDtypeStruct(size, jnp.int32, sharding=sharding) for size in ((), (rows,), (rows,))]
+    traced = jax.jit(functools.partial(decoded, softcap=softcap)).trace(*arguments)
+    options = {"xla_gpu_autotune_level": 0}
+    memory = traced.lower(lowering_platforms=("cuda",)).compile(compiler_options=options).memory_analysis()
+    assert memory.temp_size_in_bytes < rows * kv_heads * slots * head_dim * 2  # a layer's keys
+    assert spilled(dump) == {"interval_attention": 0}
+
+
 def test_a_policy_that_keeps_the_results_runs_each_kernel_once(h100):
     keep = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
     sharding = jax.sharding.SingleDeviceSharding(h100[0])
@@ -233,7 +265,7 @@ def test_on_a_mesh_by_name(h100, caplog):
         return jax.ShapeDtypeStruct(size, dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
 
     arguments = of(4, 256, 8, 64), *2 * [of(4, 256, 4, 64)], of(4, 256, dtype=jnp.int32, spec=row)
-    kernels._log_choice.cache_clear()
+    dispatch._log_choice.cache_clear()
     with jax.set_mesh(mesh), kernels.preferring("pallas_hopper"), caplog.at_level("INFO"):
         traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*arguments)
         text = traced.lower().compile(compiler_options={"xla_gpu_autotune_level": 0}).as_text()

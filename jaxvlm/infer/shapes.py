@@ -10,8 +10,7 @@ def bucket(length: int) -> int:
 
     So few programs are compiled, and padding costs a tenth on average.
     """
-    step = max(8, (1 << (length - 1).bit_length()) // 8)
-    return -(-length // step) * step
+    return _round_up(length, 8)
 
 
 def capacity(max_new_tokens: int) -> int:
@@ -22,6 +21,10 @@ def capacity(max_new_tokens: int) -> int:
 
 
 def slots(length: int) -> int:
-    """Slots of a cache for `length` tokens: a few sizes, each shared by several buckets."""
-    step = max(128, (1 << (length - 1).bit_length()) // 4)
+    """Slots of a cache for `length` tokens: a multiple of 32 up to 256, then as `bucket`; several of its sizes share one."""
+    return _round_up(length, 32)
+
+
+def _round_up(length: int, least: int) -> int:
+    step = max(least, (1 << (length - 1).bit_length()) // 8)
     return -(-length // step) * step

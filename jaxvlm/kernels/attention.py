@@ -1,42 +1,26 @@
-"""Interval-mask attention: one signature, and an ordered list of implementations for each backend.
+"""Interval-mask attention: one signature, and an ordered list of implementations for each backend (see `dispatch`).
 
-The first implementation of the backend's list that supports the call serves it; the choice is logged once.
 `xla` is the reference every other one is tested against, and the last resort on every backend.
 """
 
-import logging
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from functools import cache, partial
-from typing import NamedTuple
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxvlm.kernels import tpu_attention
+from jaxvlm.kernels.dispatch import Implementation, Implementations, backend, choose, device_kind, preferred
 from jaxvlm.kernels.intervals import without_unseen
 
 # Above this many query-key pairs the XLA reference goes through the queries in blocks, so that its memory grows with
 # the length and not with its square; below it, one block is faster. On a CPU blocks that its cache holds are.
 DENSE_PAIRS = 1024 * 1024
 CPU_DENSE_PAIRS = 160 * 1024
-
-
-class Implementation(NamedTuple):
-    """`supports(q, k)` gives None, or the reason (a clause) why `run` cannot serve arrays of these shapes and types."""
-
-    name: str
-    supports: Callable[[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct], str | None]
-    run: Callable[..., jax.Array]  # (q, k, v, k_start, k_end, scale, softcap) -> out
-    only_by_name: str | None = None  # why it is not taken unless it is asked for (a clause)
-
-
-# The name of the implementation to take before the others, where it serves the call: see `preferring`.
-_preferred: ContextVar[str | None] = ContextVar("preferred attention", default=None)
 
 
 def attention(
@@ -73,7 +57,7 @@ def attention(
     """
     _check_shapes(q, k, v, k_start, k_end)
     k_start, k_end = jnp.maximum(k_start, 0), jnp.minimum(k_end, k.shape[1])
-    chosen = _choose(_backend(), jax.typeof(q), jax.typeof(k), implementation)
+    chosen = choose("attention", IMPLEMENTATIONS, jax.typeof(q), jax.typeof(k), implementation)
     return chosen.run(q, k, v, k_start, k_end, q.shape[-1] ** -0.5 if scale is None else scale, softcap)
 
 
@@ -86,21 +70,14 @@ def preferring(name: str) -> Iterator[None]:
     Raises:
         ValueError: no backend has an implementation of that name.
     """
-    known = sorted({each.name for backend in IMPLEMENTATIONS.values() for each in backend})
+    known = sorted({each.name for those in IMPLEMENTATIONS.values() for each in those})
     if name and name not in known:
         raise ValueError(f"model.attention: no implementation '{name}'; there are: {', '.join(known)}.")
-    token = _preferred.set(name or None)
+    token = preferred.set(name or None)
     try:
         yield
     finally:
-        _preferred.reset(token)
-
-
-def _backend() -> str:
-    """What the mesh of `jax.set_mesh` is made of, which for the planner is not what this machine has."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = jax.default_backend() if device is None else device.platform
-    return {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
+        preferred.reset(token)
 
 
 def _check_shapes(q, k, v, k_start, k_end):
@@ -111,33 +88,6 @@ def _check_shapes(q, k, v, k_start, k_end):
         raise ValueError(f"attention: {heads} query heads cannot share {k.shape[2]} key heads; K must divide H.")
     if k_start.shape != (batch, length) or k_end.shape != (batch, length):
         raise ValueError(f"attention: k_start {k_start.shape} and k_end {k_end.shape} must be {(batch, length)}.")
-
-
-# ----------------------------------------------------------------------------------------------------- the dispatcher
-
-
-def _choose(backend: str, q, k, forced: str | None) -> Implementation:
-    backend_has = IMPLEMENTATIONS.get(backend, IMPLEMENTATIONS["cpu"])
-    names = [each.name for each in backend_has]
-    if forced is not None and forced not in names:
-        raise ValueError(f"attention: no implementation '{forced}' for {backend}; it has: {', '.join(names)}.")
-    wanted = forced or _preferred.get()
-    reasons = [] if wanted is None or wanted in names else [f"{wanted}: not for {backend}"]
-    for each in sorted(backend_has, key=lambda each: each.name != wanted):
-        if forced not in (None, each.name):
-            continue
-        reason = each.supports(q, k) or (each.only_by_name if each.name != wanted else None)
-        if reason is None:
-            _log_choice(backend, each.name, tuple(reasons))
-            return each
-        reasons.append(f"{each.name}: {reason}")
-    raise ValueError(f"attention on {backend}: {'; '.join(reasons)}.")
-
-
-@cache  # once for each distinct choice
-def _log_choice(backend: str, name: str, passed_over: tuple[str, ...]) -> None:
-    why = f" ({'; '.join(passed_over)})" if passed_over else ""
-    logging.getLogger(__name__).info("attention on %s: %s%s", backend, name, why)
 
 
 # -------------------------------------------------------------------------------------------------- the XLA reference
@@ -233,23 +183,24 @@ def _over_blocks(block, carry, given, keys: int):
 
 
 def _num_blocks(length: int, keys: int) -> int:
-    most = min(DENSE_PAIRS, CPU_DENSE_PAIRS) if _backend() == "cpu" else DENSE_PAIRS
+    most = min(DENSE_PAIRS, CPU_DENSE_PAIRS) if backend() == "cpu" else DENSE_PAIRS
     return 1 if length * keys <= most else min(length, math.ceil(2 * length * keys / most))
 
 
 # ---------------------------------------------------------------------------------------------------------- GPU kernels
 
 
-def _hopper_supports(q, k) -> str | None:
+def hopper_supports(q, k) -> str | None:
+    """None, or why the Hopper kernels cannot serve arrays of these types and head dimension (the last)."""
     if jax.__version_info__ < (0, 11, 2):
         return f"needs jax 0.11.2, which needs Python 3.12; this is {jax.__version__}"
-    kind = _device_kind()
+    kind = device_kind()
     if not re.search(r"\bG?H\d{2,3}\b", kind):
         return f"written for Hopper GPUs, not {kind}"
     if {q.dtype, k.dtype} != {jnp.dtype(jnp.bfloat16)}:
         return f"no kernel for {q.dtype}"
-    if q.shape[3] > 256:
-        return f"head dimension {q.shape[3]} is above 256"
+    if q.shape[-1] > 256:
+        return f"head dimension {q.shape[-1]} is above 256"
     return None
 
 
@@ -259,19 +210,14 @@ def _hopper(*arguments) -> jax.Array:
     return hopper_attention.attention(*arguments)
 
 
-def _device_kind() -> str:
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return (jax.devices()[0] if device is None else device).device_kind
-
-
 XLA = Implementation("xla", lambda q, k: None, _xla)
 PALLAS_TPU = Implementation("pallas_tpu", tpu_attention.supports, tpu_attention.attention)
 PALLAS_HOPPER = Implementation(
-    "pallas_hopper", _hopper_supports, _hopper, only_by_name="taken only by name until it has been run on a GPU"
+    "pallas_hopper", hopper_supports, _hopper, only_by_name="taken only by name until it has been run on a GPU"
 )
 
 # In order of preference. A kernel joins by a line in its backend's list.
-IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
+IMPLEMENTATIONS: Implementations = {
     "cpu": (XLA,),
     "gpu": (PALLAS_HOPPER, XLA),
     "tpu": (PALLAS_TPU, XLA),

@@ -22,6 +22,7 @@ from jaxvlm.kernels.hopper_backward import key_gradients, query_gradients
 from jaxvlm.kernels.hopper_forward import forward
 from jaxvlm.kernels.hopper_pieces import TILE, Settings
 
+MULTIPROCESSORS = 132  # of an H100 and an H200; decoding shares its work out to twice as many
 INTERPRET: Any = None  # tests put an InterpretGPUParams here
 
 
@@ -35,6 +36,40 @@ def attention(q, k, v, k_start, k_end, scale: float, softcap: float | None) -> j
     # The queries past the end see what the last one sees, so that they never keep a block from being whole.
     rows = (jnp.pad(x, ((0, 0), (0, -length % TILE)), mode="edge") for x in (k_start, k_end))
     return _flash(q, k, v, *rows, Settings(scale, softcap, INTERPRET))[:, :length, :, :head_dim]
+
+
+def decode_attention(q, k, v, layer, k_start, k_end, scale: float, softcap: float | None) -> jax.Array:
+    """As `jaxvlm.kernels.decode_attention`, of queries [B, K, G, h], for intervals within the cache.
+
+    The forward kernel with a group's heads as its queries. There are fewer rows and key heads than multiprocessors, so a row's
+    slots are shared out and the parts put together (Dao et al. 2023, Flash-Decoding): each reads all slots but sees its own.
+    """
+    if scale <= 0:
+        raise ValueError(f"decode attention: the Hopper kernel needs a positive scale, not {scale}.")
+    batch, kv_heads, group, head_dim = q.shape
+    slots, rows = k.shape[3], batch * kv_heads
+    parts = min(-(-2 * MULTIPROCESSORS // rows), -(-slots // 128))
+    part = jnp.arange(parts, dtype=jnp.int32) * (-(-slots // parts))
+
+    def shared(x):  # [B] -> [B, K, parts, 128 queries], as rows
+        x = jnp.clip(x[:, None], part, part + (-(-slots // parts)))
+        return jnp.broadcast_to(x[:, None, :, None], (batch, kv_heads, parts, TILE)).reshape(-1, TILE)
+
+    start, end = shared(k_start), shared(k_end)
+    k_rows = jnp.repeat(layer * rows + jnp.arange(rows, dtype=jnp.int32), parts)
+    queries = jnp.repeat(q.reshape(rows, group, 1, head_dim), parts, axis=0)
+    queries = jnp.pad(queries, ((0, 0), (0, -group % 8), (0, 0), (0, 0)))
+    k, v = (x.reshape(-1, slots, 1, head_dim) for x in (k, v))
+    out, lse = forward(queries, k, v, start, end, Settings(scale, softcap, INTERPRET), k_rows)
+
+    out = out[:, :group, 0].reshape(rows, parts, group, head_dim).astype(jnp.float32)
+    some = (start < end)[:, :1].reshape(rows, parts, 1)
+    lse = jnp.where(some, lse[:, 0, :group].reshape(rows, parts, group), -jnp.inf)
+    highest = jnp.maximum(lse.max(axis=1, keepdims=True), -1e30)  # a row may see nothing
+    shares = jnp.exp2(lse - highest)
+    total = shares.sum(axis=1, keepdims=True)
+    shares = shares / jnp.where(total == 0.0, 1.0, total)
+    return (out * shares[..., None]).sum(axis=1).astype(q.dtype).reshape(q.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))

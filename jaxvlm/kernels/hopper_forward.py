@@ -40,7 +40,7 @@ def _forward_kernel(
     b, h, i = (jax.lax.axis_index(name) for name in ("batch", "heads", "tiles"))
     warpgroup = jax.lax.axis_index("warpgroups")
     block_k, head_dim = k_s.shape[1:]
-    first, count, whole_first, whole_count = (ranges[b, i, n] for n in range(4))
+    first, count, whole_first, whole_count, row = (ranges[b, i, n] for n in range(5))
     block = functools.partial(block_of, first=first, whole_first=whole_first, whole_count=whole_count)
 
     def take_turn():
@@ -115,14 +115,21 @@ def _forward_kernel(
     def _fetch():
         plgpu.set_max_registers(24, action="decrease")
         kv_head = jax.lax.div(h, jnp.int32(q.shape[2] // k.shape[2]))
-        fetch_keys(k, v, k_s, v_s, k_here, v_here, k_read, v_read, count, block, b, kv_head)
+        fetch_keys(k, v, k_s, v_s, k_here, v_here, k_read, v_read, count, block, row, kv_head)
 
 
-def forward(q, k, v, k_start, k_end, settings: Settings) -> tuple[jax.Array, jax.Array]:
-    """out [B, S, H, h], and the scores' log2-sum-exp2 [B, H, S'] of the padded length."""
+def forward(
+    q, k, v, k_start, k_end, settings: Settings, k_rows: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """out [B, S, H, h], and the scores' log2-sum-exp2 [B, H, S'] of the padded length.
+
+    With `k_rows`, int32 [B], row b of the queries reads that row of k and v, which may have any number of them.
+    """
     batch, _, heads, head_dim = q.shape
     padded = k_start.shape[1]
     block_k = 128 if head_dim <= 128 else 64
+    k_rows = jnp.arange(batch, dtype=jnp.int32) if k_rows is None else k_rows
+    k_rows = jnp.broadcast_to(k_rows[:, None], (batch, padded // TILE))
     ranges = [of(k_start, k_end, TILE, block_k) for of in (key_ranges, whole_key_ranges)]
     run = kernel(
         functools.partial(_forward_kernel, settings=settings),
@@ -148,4 +155,4 @@ def forward(q, k, v, k_start, k_end, settings: Settings) -> tuple[jax.Array, jax
             turn=plgpu.Barrier(num_arrivals=2),
         ),
     )
-    return run(q, k, v, k_start, k_end, jnp.stack([*ranges[0], *ranges[1]], axis=-1))
+    return run(q, k, v, k_start, k_end, jnp.stack([*ranges[0], *ranges[1], k_rows], axis=-1))

@@ -84,7 +84,7 @@ def _visible(k_start, k_end, key_block, settings: Settings) -> jax.Array:
     return (key >= k_start) & (key < k_end)
 
 
-def _product(a, b, contract: tuple[int, int]) -> jax.Array:
+def product(a, b, contract: tuple[int, int]) -> jax.Array:
     """float32 product of two matrices over one dimension of each."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
@@ -93,7 +93,7 @@ def _product(a, b, contract: tuple[int, int]) -> jax.Array:
 
 def _scores(q, k, settings: Settings) -> tuple[jax.Array, jax.Array | None]:
     """Scores in powers of two [block_k, block_q], and for a soft cap the tanh that it took."""
-    scores = _product(k, q, (1, 1))
+    scores = product(k, q, (1, 1))
     if settings.softcap is None:
         return scores * (settings.scale * LOG2E), None
     bent = jnp.tanh(scores * (settings.scale / settings.softcap))
@@ -122,7 +122,7 @@ def _forward_kernel(first, count, q, k, v, k_start, k_end, out, lse, highest, to
         weights = jnp.exp2(scores - new)  # [block_k, block_q]
         highest[...] = new
         total[...] = total[...] * shrink + weights.sum(axis=0, keepdims=True)
-        sums[...] = sums[...] * shrink + _product(v[...], weights.astype(v.dtype), (0, 0))  # [h, block_q]
+        sums[...] = sums[...] * shrink + product(v[...], weights.astype(v.dtype), (0, 0))  # [h, block_q]
 
     @pl.when(step == pl.num_programs(3) - 1)
     def _end():
@@ -191,15 +191,15 @@ def _backward_kernel(
         scores, bent = _scores(q[...], k[...], settings)
         visible = _visible(k_start[...], k_end[...], j, settings)
         weights = jnp.where(visible, jnp.exp2(scores - lse[...]), 0.0)  # [block_k, block_q]
-        dv_sum[...] += _product(weights.astype(d_out.dtype), d_out[...], (1, 0))
-        d_weights = _product(v[...], d_out[...], (1, 1))
+        dv_sum[...] += product(weights.astype(d_out.dtype), d_out[...], (1, 0))
+        d_weights = product(v[...], d_out[...], (1, 1))
         d_scores = weights * (d_weights - delta[...]) * settings.scale
         if bent is not None:
             d_scores *= 1.0 - bent * bent
         d_scores = d_scores.astype(q.dtype)
-        dk_sum[...] += _product(d_scores, q[...], (1, 0))
+        dk_sum[...] += product(d_scores, q[...], (1, 0))
         queries = pl.ds(pl.multiple_of((first[b, j] + step) * settings.block_q, settings.block_q), settings.block_q)
-        dq[queries, :] += _product(d_scores, k[...], (0, 0))
+        dq[queries, :] += product(d_scores, k[...], (0, 0))
 
     @pl.when(step == pl.num_programs(3) - 1)
     def _end():

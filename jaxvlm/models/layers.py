@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 
 from jaxvlm.config import ConfigError, LoRAConfig
 from jaxvlm.kernels.attention import attention
+from jaxvlm.kernels.decode_attention import decode_attention
 from jaxvlm.parallel.rules import active, active_spec, constrain
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -98,6 +99,30 @@ def sharded_attention(
     return jax.shard_map(local, check_vma=False, **specs)(
         q, k, v, k_start, k_end
     )  # kernels do not say over what they vary
+
+
+def sharded_decode_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, *, k_start: jax.Array, k_end: jax.Array, **options
+) -> jax.Array:
+    """`kernels.decode_attention` of q [B, 1, H, h] on every device's own rows and heads of the caches [L, B, K, T, h]."""
+    if q.shape[1] != 1:
+        raise ValueError(f"A cache that holds something is followed by one token a row, not by {q.shape[1]}.")
+    q, k_start, k_end = q[:, 0], k_start[:, 0], k_end[:, 0]
+
+    def local(q, k, v, layer, k_start, k_end):
+        return decode_attention(q, k, v, layer, k_start=k_start, k_end=k_end, **options)
+
+    if active() is None:
+        return local(q, k, v, layer, k_start, k_end)[:, None]
+    q_spec = active_spec(("batch", "heads", None), q.shape, "attention")
+    kv_spec = active_spec((None, "batch", "kv_heads", None, None), k.shape, "the cache")
+    if q_spec[1] != kv_spec[2]:  # as in `sharded_attention`
+        copies = jax.sharding.get_abstract_mesh().shape[q_spec[1]] // k.shape[2]
+        k, v = (jnp.repeat(x[layer][None], copies, axis=2) for x in (k, v))
+        layer, kv_spec = jnp.int32(0), active_spec((None, "batch", "heads", None, None), k.shape, "the cache")
+    rows = PartitionSpec(q_spec[0])
+    specs = dict(in_specs=(q_spec, kv_spec, kv_spec, PartitionSpec(), rows, rows), out_specs=q_spec)
+    return jax.shard_map(local, check_vma=False, **specs)(q, k, v, layer, k_start, k_end)[:, None]
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:

@@ -23,21 +23,20 @@ from jaxvlm.models.layers import (
     lookup,
     normal_init,
     sharded_attention,
+    sharded_decode_attention,
     stack,
 )
 from jaxvlm.models.rotary import rotary_angles, rotate
 
-# {'k', 'v': [L, B, length, K, h], 'index': int32 scalar, the next free slot}; with longrope also 'stretched', bool [B].
+# {'k', 'v': [L, B, K, length, h]}, and once it holds something 'index', int32 scalar, the next free slot; with longrope also
+# 'stretched', bool [B].
 Cache = dict[str, jax.Array]
 
 
 def init_cache(config: LLMConfig, batch: int, length: int, dtype: jnp.dtype) -> Cache:
     """An empty cache with room for `length` tokens in each of `batch` rows."""
-    shape = (config.depth, batch, length, config.num_kv_heads, config.head_dim)
-    cache = {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype), "index": jnp.zeros((), jnp.int32)}
-    if config.rope_scaling.kind == "longrope":
-        cache["stretched"] = jnp.zeros(batch, bool)
-    return cache
+    shape = (config.depth, batch, config.num_kv_heads, length, config.head_dim)
+    return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
 
 
 def norm(c: LLMConfig, dtype: jnp.dtype, name: str | None = None, axis: str = "embed") -> nn.Module:
@@ -55,7 +54,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, rotary, k_start, k_end, cache, layer):
-        """x [B, S, D] -> [B, S, D]. With a cache, writes this layer's keys and values to it and attends over it."""
+        """x [B, S, D] -> [B, S, D]. With a cache, writes this layer's keys and values to it; attends over what it held too."""
         c = self.config
 
         def project(name, heads, axis):
@@ -70,15 +69,15 @@ class Attention(nn.Module):
         if rotary is not None:
             q, k = (rotate(x, *rotary) for x in (q, k))
         if cache is not None:
-            at = (layer, 0, cache["index"], 0, 0)
+            at = (layer, 0, 0, cache.get("index", 0), 0)
             # Updated where it lies and then read: the loop over layers carries one cache and copies none of it.
-            cache = cache | {
-                "k": jax.lax.dynamic_update_slice(cache["k"], k[None].astype(cache["k"].dtype), at),
-                "v": jax.lax.dynamic_update_slice(cache["v"], v[None].astype(cache["v"].dtype), at),
-            }
-            k, v = (cache[name][layer].astype(self.dtype) for name in ("k", "v"))  # [B, length, K, h]
-        own = dict(axes=("batch", "length", "heads"), scale=c.attn_scale, softcap=c.attn_softcap)
-        out = sharded_attention(q, k, v, k_start=k_start, k_end=k_end, **own)
+            written = {name: x.swapaxes(1, 2)[None].astype(cache[name].dtype) for name, x in (("k", k), ("v", v))}
+            cache = cache | {name: jax.lax.dynamic_update_slice(cache[name], x, at) for name, x in written.items()}
+        own = dict(k_start=k_start, k_end=k_end, scale=c.attn_scale, softcap=c.attn_softcap)
+        if cache is None or "index" not in cache:  # nothing comes before these tokens
+            out = sharded_attention(q, k, v, axes=("batch", "length", "heads"), **own)
+        else:
+            out = sharded_decode_attention(q, cache["k"], cache["v"], layer, **own)
         shape, axes = (c.num_heads, c.head_dim), ("heads", "head_dim")
         to_width = Projection(shape, (c.width,), axes, ("embed",), self.dtype, c.out_bias, c.lora, name="o")
         return to_width(out), cache
@@ -155,7 +154,8 @@ class LLM(nn.Module):
             positions: int32 [B, S], for the rotary angles or the position table (beyond whose end lies NaN).
             k_start, k_end: int32 [B, S], the keys each token may see: indices into the row, or slots of the cache.
                 Layers with a sliding window keep the last of them.
-            cache: what earlier calls left; this call's tokens are written from `cache['index']` on.
+            cache: an empty one, or what earlier calls left, which is followed by one token a row. This call's tokens are
+                written from `cache['index']` on, from 0 if it is empty.
             after: a function of (x [B, S, D], a layer's number) -> x, applied after every layer.
         """
         c = self.config
@@ -168,15 +168,15 @@ class LLM(nn.Module):
             last = jnp.max(jnp.where(k_start < k_end, positions, 0), axis=1)  # [B], padding apart
             stretched = last >= c.rope_scaling.original_max_positions
             if cache is not None:
-                stretched = jnp.where(cache["index"] == 0, stretched, cache["stretched"])
-                cache = cache | {"stretched": stretched}
+                stretched = cache.get("stretched", stretched)
         layers = jnp.arange(c.depth)
         full = jnp.isin(layers, jnp.array(c.full_layers, int))
         (x, cache), _ = self.layers(
             (x, cache), (layers, full), _views(c, positions, k_start, k_end, stretched), k_end, after
         )
         if cache is not None:
-            cache = cache | {"index": cache["index"] + positions.shape[1]}
+            cache = cache | {"index": jnp.int32(cache.get("index", 0) + positions.shape[1])}
+            cache |= {} if stretched is None else {"stretched": stretched}
         return self.final_norm(x), cache
 
     def logits(self, hidden):
