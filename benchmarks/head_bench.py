@@ -1,0 +1,192 @@
+"""The two kernels beside training attention: cross-entropy from hidden states, and attention of one token over a cache.
+
+  python benchmarks/head_bench.py [--rounds 7] [--out benchmarks/results/head.json]
+
+On a CPU in float32 with small inputs, on a GPU in bfloat16 with the sizes of an 8B model. Sides take turns; on a GPU a
+round is ten calls between two waits. Results (and gradients) of every side are compared with the first's before anything
+is timed. Beside the times: for cross-entropy the memory that the compiler sets aside (of jax's sides); for decoding, one token
+through the caches of `LAYERS` layers, the bytes that the rows see over the time, as a share of the memory's bandwidth where
+`BANDWIDTH` has it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+from attention_bench import CALLS, DTYPE, ON_GPU, TOLERANCE, cpu_name, numbers, seconds
+
+from jaxvlm.kernels.cross_entropy import linear_cross_entropy
+from jaxvlm.kernels.decode_attention import IMPLEMENTATIONS, decode_attention
+
+BANDWIDTH = {
+    "NVIDIA A100": 2.0e12,
+    "NVIDIA H100": 3.35e12,
+    "NVIDIA H200": 4.8e12,
+}  # bytes/s, data sheets (A100 80 GB, SXM)
+CROSS_ENTROPY = [(4096, 4096, 128256)] if ON_GPU else [(512, 576, 49152)]  # tokens, width, vocabulary
+# rows, heads, key heads, head dimension, slots, mean of what a row sees of them
+DECODE = [(32, 32, 8, 128, 4096, 4096), (32, 32, 8, 128, 4096, 2000), (1, 32, 32, 128, 4096, 4096)]
+DECODE = DECODE if ON_GPU else [(32, 9, 3, 64, 256, 256), (32, 9, 3, 64, 1024, 500)]
+LAYERS = 4
+DEVICE = "cuda" if ON_GPU else "cpu"
+
+
+def torch_of(x: np.ndarray) -> torch.Tensor:
+    kind = getattr(torch, DTYPE) if x.dtype == np.float32 else None
+    return torch.tensor(x, device=DEVICE, dtype=kind)
+
+
+def cross_entropy_sides(tokens: int, width: int, vocabulary: int) -> tuple[dict, dict]:
+    """Of each side a call that gives (loss, gradients of hidden states and head), and of jax's their compiled functions."""
+    rng = np.random.default_rng(0)
+    hidden, head = (rng.normal(size=size).astype(np.float32) for size in ((tokens, width), (width, vocabulary)))
+    head, targets = head / width**0.5, rng.integers(0, vocabulary, tokens)
+    weights = (rng.random(tokens) < 0.5).astype(np.float32) / tokens * 2
+
+    def fused(hidden, head, targets, weights):
+        return linear_cross_entropy(hidden[None], head, targets[None], weights[None])[0]
+
+    def logits(hidden, head, targets, weights):
+        values = (hidden @ head).astype(jnp.float32)
+        return (optax.softmax_cross_entropy_with_integer_labels(values, targets) * weights).sum()
+
+    given = [jnp.asarray(x, DTYPE) for x in (hidden, head)] + [jnp.asarray(targets, jnp.int32), jnp.asarray(weights)]
+    compiled = {
+        name: jax.jit(jax.value_and_grad(run, argnums=(0, 1))).lower(*given).compile()
+        for name, run in (("jaxvlm", fused), ("jax, logits and optax", logits))
+    }
+    ready = {name: lambda _, run=run: jax.tree.leaves(run(*given)) for name, run in compiled.items()}
+    on_device = [torch_of(x) for x in (hidden, head, targets, weights)]
+
+    def theirs(_):
+        hidden, head = (x.detach().requires_grad_() for x in on_device[:2])
+        each = torch.nn.functional.cross_entropy((hidden @ head).float(), on_device[2], reduction="none")
+        loss = (each * on_device[3].float()).sum()
+        return loss, *torch.autograd.grad(loss, (hidden, head))
+
+    return ready | {"torch, logits": theirs}, compiled
+
+
+def decode_sides(rows: int, heads: int, kv_heads: int, head_dim: int, slots: int, mean: int) -> tuple[dict, int]:
+    """Of each side a call that gives the output, and the bytes of keys and values that the rows see."""
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(rows, heads, head_dim)).astype(np.float32)
+    k, v = rng.normal(size=(2, LAYERS, rows, kv_heads, slots, head_dim)).astype(np.float32)
+    spread = min(mean, slots - mean)
+    end = rng.integers(mean - spread, mean + spread + 1, rows).clip(1).astype(np.int32)
+    given = [jnp.asarray(x, DTYPE) for x in (q, k, v)]
+
+    def ours(name):
+        @jax.jit
+        def run(q, k, v, end):
+            def layer(q, number):
+                span = {"k_start": jnp.zeros(rows, jnp.int32), "k_end": end}
+                return decode_attention(q, k, v, number, **span, implementation=name), None
+
+            return jax.lax.scan(layer, q, jnp.arange(LAYERS))[0]
+
+        return lambda _: [run(*given, jnp.asarray(end))]
+
+    found = {f"jaxvlm {each.name}": ours(each.name) for each in reversed(IMPLEMENTATIONS["gpu" if ON_GPU else "cpu"])}
+    one, *caches = torch_of(q)[:, :, None], torch_of(k), torch_of(v)
+    mask = torch_of(np.arange(slots) < end[:, None])[:, None, None]
+
+    def theirs(_):
+        x = one
+        with torch.no_grad():
+            for pair in zip(*caches, strict=True):
+                x = torch.nn.functional.scaled_dot_product_attention(x, *pair, mask, enable_gqa=heads != kv_heads)
+        return [x[:, :, 0]]
+
+    item = jnp.dtype(DTYPE).itemsize
+    return found | {"torch sdpa": theirs}, 2 * LAYERS * int(end.sum()) * kv_heads * head_dim * item
+
+
+def measure(sides: dict, rounds: int) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Seconds of every round by side; and why the others have none."""
+    ready, failed, truth = {}, {}, None
+    for name, run in sides.items():
+        try:
+            found = [numbers(x) for x in run(0)]
+        except Exception as error:  # whatever another library raises: the table says it
+            failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            continue
+        truth = truth or found
+        error = max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(found, truth, strict=True))
+        if error > TOLERANCE:
+            failed[name] = f"differs by {error:.1e} of the largest number"
+        else:
+            ready[name] = run
+    times = {name: [] for name in ready}
+    for _ in range(rounds):
+        for name, run in ready.items():
+            times[name].append(seconds(run, 0))
+    return times, failed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", default="benchmarks/results/head.json")
+    options = parser.parse_args()
+    threads = len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
+    kind = jax.devices()[0].device_kind
+    bandwidth = next((value for name, value in BANDWIDTH.items() if kind.startswith(name)), None)
+    result = {
+        "what": "cross-entropy from hidden states with gradients; decode attention",
+        "device": kind if ON_GPU else f"{cpu_name()}, {threads} threads",
+        "dtype": DTYPE,
+        "calls_in_a_row": CALLS,
+        "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "torch", "numpy")},
+        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "cases": [],
+    }
+    for shape in CROSS_ENTROPY:
+        sides, compiled = cross_entropy_sides(*shape)
+        times, failed = measure(sides, options.rounds)
+        case = "cross-entropy, {} tokens x {} x {}".format(*shape)
+        memory = {name: run.memory_analysis().temp_size_in_bytes for name, run in compiled.items()}
+        notes = {name: f"{size / 2**20:.0f} MiB beside inputs and results" for name, size in memory.items()}
+        show(case, times, failed, notes)
+        result["cases"].append({"case": case, "seconds": times, "failed": failed, "temporary_bytes": memory})
+    for shape in DECODE:
+        sides, moved = decode_sides(*shape)
+        times, failed = measure(sides, options.rounds)
+        case = "decoding, {} rows, {} over {} heads of {}, {} slots, {} seen".format(*shape)
+        notes = {}
+        for name, taken in times.items():
+            speed = moved / statistics.median(taken)
+            share = f", {speed / bandwidth:.0%} of the memory's" if bandwidth else ""
+            notes[name] = f"{speed / 1e9:.1f} GB/s{share}"
+        show(case, times, failed, notes)
+        result["cases"].append({"case": case, "seconds": times, "failed": failed, "bytes": moved})
+    Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
+    print(f"Written to {options.out}.")
+
+
+def show(case: str, times: dict[str, list[float]], failed: dict[str, str], notes: dict[str, str]) -> None:
+    print(case)
+    ours = statistics.median(next(iter(times.values())))
+    for name, taken in times.items():
+        middle = statistics.median(taken)
+        print(f"  {name:24s}{middle * 1e3:9.2f} ms{middle / ours:7.2f}x  {notes.get(name, '')}", flush=True)
+    for name, why in failed.items():
+        print(f"  {name:24s}{why}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
