@@ -133,6 +133,7 @@ WRITERS = {
     "ai2d": lambda f, found: lines(f / "ai2d.jsonl", found),
     "mmvp": lambda f, found: mmvp_csv(f / "Questions.csv", found),
     "cv-bench": lambda f, found: lines(f / "cvbench.jsonl", found),
+    "questions": lambda f, found: lines(f / "q.jsonl", found),
     "realworldqa": lambda f, found: lines(f / "real.jsonl", found),
     "docvqa": lambda f, found: dump(f / "val_v1.0.json", {"data": found}),
     "st-vqa": lambda f, found: dump(f / "train_task_3.json", {"data": found}),

@@ -229,6 +229,11 @@ def _ocrbench(i: int, rng: random.Random) -> dict:
     }
 
 
+def _questions(i: int, rng: random.Random) -> dict:
+    names = {"question_id": i, "image": f"{i // 2}.jpg", "text": "<image>\nwhat?"}
+    return names | {"answer": rng.choice(["red", "blue"])} | ({"category": "colour"} if i % 2 else {})
+
+
 def _chair(i: int, rng: random.Random) -> dict:
     return {
         "id": str(i),
@@ -271,6 +276,7 @@ MAKERS: dict[str, Callable[[int, random.Random], dict]] = {
     "mathvista": _mathvista,
     "mmstar": _mmstar,
     "ocrbench": _ocrbench,
+    "questions": _questions,
     "chair": _chair,
 }
 

@@ -92,6 +92,8 @@ ABCD = "\nA. option a\nB. option b\nC. option c\nD. option d"
         ("mmmu", "cambrian", "what ? Options:\nA. w\nB. x\nC. y\nD. z" + LETTER),
         ("mathvista", "cambrian", "Hint: ...\nQuestion: what?" + SHORT),
         ("mmstar", "cambrian", "what? Options: A: w, B: x" + ONLY),
+        ("questions", "vqa", "what?" + SHORT),
+        ("questions", "open", "what?"),
     ],
 )
 def test_prompts(task, protocol, prompt):

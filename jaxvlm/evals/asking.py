@@ -84,7 +84,7 @@ def picture_name(task: str, reference: Record, images: Path) -> str | None:
     """The file of a question's picture in the folder `images`; None where the benchmark asks without. Raises `EvalError`."""
     name = reference.get("image")
     if not name:
-        if task == "scienceqa":  # half of its questions have none
+        if task in ("scienceqa", "questions"):  # some of theirs have none
             return None
         raise EvalError(
             f"Question {reference['id']} of {task} names no picture: give its record an `image`, a file's name."

@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxvlm.evals.question_file import OPTION_LETTER as LETTER
 from jaxvlm.evals.question_file import SHORT_ANSWER as SHORT
+from jaxvlm.evals.question_file import with_format
 from jaxvlm.evals.scorers import Record
 from jaxvlm.evals.scorers.choice import LETTERS
 
@@ -108,6 +109,11 @@ def mathvista(record: Record) -> str:
 def cvbench(record: Record) -> str:
     """The file's own prompt, which lists the options."""
     return str(record["prompt"]) + LETTER
+
+
+def own(suffix: str) -> Prompt:
+    """Of a question file."""
+    return lambda record: with_format(str(record["text"]), suffix)
 
 
 def bench(record: Record) -> str:

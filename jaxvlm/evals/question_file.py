@@ -87,7 +87,7 @@ def _parse(line: str, where: str, images: Path) -> Question:
         if not image.is_file():
             raise EvalError(f"{where}: the image {image} does not exist; is eval.images the right folder?")
     category = str(record.get("category") or "all questions")
-    text = str(record["text"]).replace(IMAGE_MARK, "").strip()
+    text = with_format(str(record["text"]), "")
     return Question(str(record["question_id"]), image and str(image), text, str(record["answer"]), category)
 
 
@@ -111,13 +111,18 @@ def subset(questions: Sequence[Question], limits: Iterable[tuple[str, int]], see
     return [questions[i] for i in sorted(kept)]
 
 
+def with_format(text: str, suffix: str) -> str:
+    """A question without the image's marker, and the response format unless it ends with that already."""
+    text = text.replace(IMAGE_MARK, "").strip()
+    return text if text.endswith(suffix.strip()) else text + suffix
+
+
 def request(question: Question, suffix: str, image: str | None) -> dict:
     """The engine's request for a question; with `image` None the picture and its marker are both withheld."""
-    text = question.text if question.text.endswith(suffix.strip()) else question.text + suffix
     mark = f"{IMAGE_MARK}\n" if image else ""
     return {
         "id": question.id,
-        "messages": [{"role": "user", "content": mark + text}],
+        "messages": [{"role": "user", "content": mark + with_format(question.text, suffix)}],
         "images": [image] if image else [],
     }
 

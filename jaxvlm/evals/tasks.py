@@ -16,7 +16,7 @@ from typing import Any
 from jaxvlm.evals import aggregates, prompts, readers
 from jaxvlm.evals.aggregates import Aggregate, overall
 from jaxvlm.evals.prompts import Prompt
-from jaxvlm.evals.question_file import EvalError
+from jaxvlm.evals.question_file import FORMATS, EvalError
 from jaxvlm.evals.readers import Complete, collector_paused, named
 from jaxvlm.evals.scorers import Record, Scored, boxes, captions, choice, judged, text, vqa, yesno
 from jaxvlm.evals.scorers.normalise import evalai
@@ -423,6 +423,14 @@ TASKS: dict[str, Task] = {
         readers.chair,
         {"official": Protocol(prompts.describe, captions.chair, "chair_i", note="the prompt is ours")},
         aggregates.chair,
+    ),
+    "questions": Task(
+        "a question file of your own",
+        "a JSONL of question_id, text, answer, and as you like image, category",
+        readers.read_lines,
+        {kind: Protocol(prompts.own(suffix), text.exact, note="exact match") for kind, suffix in FORMATS.items()},
+        overall("category"),
+        named(id="{question_id}", text="{text}", answer="{answer}", category="all questions"),
     ),
 }
 

@@ -23,6 +23,11 @@ def exact_match(prediction: str, answer: str) -> float:
     return float(normalise(prediction) == normalise(answer))
 
 
+def exact(prediction: Record, reference: Record) -> Scored:
+    """`exact_match` with the reference's `answer`."""
+    return accuracy(normalise(prediction["text"]), exact_match(prediction["text"], str(reference["answer"])))
+
+
 # ------------------------------------------------------------------------------------------------- documents and charts
 
 
