@@ -16,20 +16,16 @@ import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
-import hf_copy
 import pytest
 import tiny
 import uvicorn
 from PIL import Image
 
-from jaxvlm.config import PromptConfig
-from jaxvlm.data.assets import toy
 from jaxvlm.evals import judges
 from jaxvlm.infer.engine import Engine
 from jaxvlm.main import main
 from jaxvlm.serve import server
 from jaxvlm.serve.worker import Sampling
-from jaxvlm.weights.saved import save_model
 
 NEW = 12
 DEFAULTS = Sampling(max_new_tokens=NEW, temperature=0.0, top_p=1.0, seed=None, stop=())
@@ -55,12 +51,7 @@ def user(content) -> dict:
 def world(tmp_path_factory):
     """(folder, engine, pictures)"""
     folder = tmp_path_factory.mktemp("served")
-    tokenizer, data = toy.write_tokenizer(folder / "tokenizer"), toy.write_dataset(folder / "data", count=4)
-    config = tiny.model_config()
-    prompt = PromptConfig(tokenizer=str(tokenizer), template="vicuna_v1", transform="naive")
-    engine = Engine(config, prompt, hf_copy.random_params(config))
-    save_model(folder / "toy" / "model", engine.params, engine.config, engine.prompt, {})
-    return folder, engine, sorted((data / "images").iterdir())
+    return folder, *tiny.saved_engine(folder)
 
 
 class Slow(Engine):
@@ -102,9 +93,11 @@ def serving(engine, batch_size=4):
     deadline = time.monotonic() + 20
     while not running.started and time.monotonic() < deadline:
         time.sleep(0.01)
-    yield bound.getsockname()[:2]
-    running.should_exit = True
-    thread.join(20)
+    try:
+        yield bound.getsockname()[:2]
+    finally:
+        running.should_exit = True
+        thread.join(20)
 
 
 @pytest.fixture(scope="module")

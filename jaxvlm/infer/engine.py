@@ -162,7 +162,9 @@ class Engine:
             yield list(zip(indices, np.asarray(logits), strict=False))
 
     def answer_losses(self, requests: Sequence[dict], batch_size: int | None = None) -> Iterator[list]:
-        """As `generate_batches`, of requests that have an `answer`: its tokens' mean cross-entropy, its end's with them."""
+        """As `generate_batches`, of requests that have an `answer`, with (its tokens' mean cross-entropy, its end's with them;
+        whether greedy decoding would write it) in place of the text.
+        """
         for indices, prompts, rows in self._batches(requests, batch_size):
             with self._on_mesh():
                 inputs = self._padded(prompts, rows, left=False)
@@ -171,8 +173,8 @@ class Engine:
                     lengths[row] = length = len(prompt.tokens)
                     targets[row, :length], weights[row, :length] = prompt.answer
                 answers = (lengths, targets.astype(np.int32), weights)
-                losses = decoding.answer_losses(self.config, self.params, *inputs, *answers)
-            yield list(zip(indices, np.asarray(losses).tolist(), strict=False))
+                found = decoding.answer_losses(self.config, self.params, *inputs, *answers)
+            yield list(zip(indices, zip(*(np.asarray(one).tolist() for one in found), strict=True), strict=False))
 
     def _batches(self, requests: Sequence[dict], size: int | None) -> Iterator[tuple[list[int], list[Prompt], int]]:
         """(indices, prompts, rows computed at once), longest prompts first.
