@@ -202,6 +202,8 @@ def serve(argv: Sequence[str]) -> None:
     options = parser.parse_args(argv)
     if options.batch_size < 1 or options.max_new_tokens < 1:
         raise ConfigError("--batch_size and --max_new_tokens must be at least 1.")
+    if not (0 <= options.temperature <= 2 and 0 <= options.top_p <= 1):
+        raise ConfigError("--temperature must be from 0 to 2, and --top_p from 0 to 1.")
     from jaxvlm.serve import server
 
     bound = server.open_port(options.host, options.port)

@@ -268,6 +268,7 @@ PICTURE = "data:image/png;base64,"
     [
         (b"{", 400, "not JSON"),
         (b"[" * 100_000, 400, "not JSON"),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, "not JSON"),
         (b"[1]", 400, "must be a JSON object"),
         ({"messages": []}, 400, "'messages' must be a list"),
         ({"messages": ["hello"]}, 400, "messages[0] must have the role"),
@@ -439,6 +440,8 @@ def test_a_port_that_is_taken_and_a_package_that_is_missing(address, capsys, mon
     assert f"127.0.0.1 port {address[1]} cannot be used" in capsys.readouterr().err
     assert main(["serve", "--run", "nowhere", "--port", "99999"]) == 1
     assert "Choose another --port" in capsys.readouterr().err
+    assert main(["serve", "--run", "nowhere", "--temperature", "3"]) == 1
+    assert "--temperature must be from 0 to 2" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["serve", "--run", "nowhere"]) == 1
     assert "The server needs uvicorn. In the clone of jaxvlm: pip install -e '.[serve]'" in capsys.readouterr().err

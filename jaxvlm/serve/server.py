@@ -185,6 +185,7 @@ def _asked(body: bytes, name: str, defaults: Sampling) -> tuple[dict, Sampling, 
     """
     try:
         asked = json.loads(body)
+        json.dumps(asked, ensure_ascii=False).encode()  # fails for half of a surrogate pair, which is no text
     except (ValueError, RecursionError) as error:
         raise Refused(f"The request is not JSON: {error}.") from None
     if not isinstance(asked, dict):
