@@ -236,7 +236,10 @@ def _sampling(asked: Mapping, defaults: Sampling) -> Sampling:
     temperature = _number(asked, "temperature", defaults.temperature, 0, 2, float)
     top_p = _number(asked, "top_p", defaults.top_p, 0, 1, float)
     seed = _number(asked, "seed", defaults.seed, None, None, int)
-    seed = 0 if temperature == 0 else seed if seed is None else seed % 2**31  # no random number is drawn at 0
+    if temperature == 0:  # nothing is drawn, so that all seeds can share a batch
+        seed = 0
+    elif seed is not None:
+        seed %= 2**31
     stop = asked.get("stop", [])
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):

@@ -81,9 +81,9 @@ class Worker:
                 jobs = self._take()
             jobs = [job for job in jobs if job.answer.set_running_or_notify_cancel()]
             try:
-                for job in jobs if jobs and jobs[0].say else ():
-                    job.answer.set_result(self._stream(job))
-                if jobs and not jobs[0].say:
+                if jobs and jobs[0].say:
+                    jobs[0].answer.set_result(self._stream(jobs[0]))
+                elif jobs:
                     self._answer(jobs)
             except Exception as error:  # whatever it was, the next requests are not to blame
                 for job in jobs:
