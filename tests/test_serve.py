@@ -75,6 +75,8 @@ class Slow(Engine):
         pieces = super().stream(messages, images, **options)
         while True:
             self.gate.wait(20)
+            if "explode" in str(messages):
+                raise RuntimeError("out of memory")
             try:
                 yield next(pieces)
             except StopIteration as end:
@@ -335,6 +337,11 @@ def test_a_batch_that_fails_does_not_stop_the_server(address):
         "param": None,
         "code": None,
     }
+    connection = http.client.HTTPConnection(*address, timeout=60)
+    connection.request("POST", "/v1/chat/completions", json.dumps({**user("explode"), "stream": True}))
+    response = connection.getresponse()
+    lines = [response.readline() for _ in range(3)]  # the role, an empty line, the error
+    assert json.loads(lines[2][6:]) == answer
     assert said(address, **user("Hm?"))
 
 
