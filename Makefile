@@ -18,6 +18,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 KERNEL_PYTHON ?= $(shell for p in python3.12 python3.13 python3 $(HOME)/.pyenv/versions/3.1[23]*/bin/python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 12) <= sys.version_info < (3, 14))' >/dev/null 2>&1 && { echo $$p; exit; }; done)
 KERNELS := $(VENV)-kernels
+LMMS := $(VENV)-lmms
 NEED_KERNELS ?=
 
 BIN := $(VENV)/bin
@@ -31,7 +32,7 @@ unexport PYTHONDONTWRITEBYTECODE
 unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-kernels test-slow test-faults test-plan test-gpu lint format bench models plans notebook clean
+.PHONY: help setup quickstart test test-kernels test-lmms test-slow test-faults test-plan test-gpu lint format bench models plans notebook clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -53,6 +54,10 @@ test-kernels: ## the GPU kernels in the interpreter and compiled for a GPU, no G
 	@if [ -n "$(KERNEL_PYTHON)" ]; then $(MAKE) --no-print-directory $(KERNELS)/.tested ARGS='$(ARGS)'; \
 	else echo 'Not tested: the GPU kernels. That takes Python 3.12 or 3.13, of which there is none on PATH or in ~/.pyenv/versions;'; \
 		echo 'KERNEL_PYTHON=/path/to/python3.12 names one.'; [ -z "$(NEED_KERNELS)" ]; fi
+
+test-lmms: $(LMMS)/.installed ## evaluations by lmms-eval itself, offline, in an environment of its own (2 GB more; 3 minutes)
+	@start=$$(date +%s); $(LMMS)/bin/python -m pytest -rs tests/test_lmms.py $(ARGS); code=$$?; \
+	echo "The tests with lmms-eval took $$(($$(date +%s) - start)) s."; exit $$code
 
 test-slow: $(TEST) ## tests that take minutes each or need the downloaded assets (up to an hour)
 	$(call PYTEST,-m slow tests)
@@ -97,7 +102,7 @@ notebook: $(TEST) ## make colab/*.ipynb from the .py beside it (seconds)
 	$(BIN)/jupytext --update --to ipynb colab/quickstart.py
 
 clean: ## remove the environment and what tools left behind; runs/ and downloads stay
-	rm -rf $(VENV) $(KERNELS) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(KERNELS) $(LMMS) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ------------------------------------------------------------------------------------------------------- environments
@@ -138,6 +143,19 @@ $(KERNELS)/.installed: setup.py
 $(KERNELS)/.tested: $(KERNELS)/.installed
 	@echo "Running the tests of the GPU kernels with $$($(KERNELS)/bin/python --version)"
 	@$(KERNELS)/bin/python -m pytest -m mosaic_gpu -n $(WORKERS) tests/test_*_attention.py $(ARGS)
+
+# lmms-eval without most of what it depends on (150 packages, for its own models and some metrics): these its command line imports.
+LMMS_NEEDS := torch==2.13.0 accelerate datasets evaluate httpx jsonlines openpyxl loguru peft pytablewriter python-dotenv \
+	pydantic sacrebleu scikit-learn tenacity pytest hypothesis
+
+$(LMMS)/.installed: setup.py | $(BIN)/python
+	@echo "Making an environment for lmms-eval in $(LMMS): 2 minutes and 2 GB."
+	@$(BIN)/python -m venv --clear $(LMMS)
+	@$(LMMS)/bin/python -m pip install --disable-pip-version-check --no-input -q -e . $(LMMS_NEEDS) \
+		"$$(sed -n 's/.*"\(filelock[^"]*\)".*/\1/p' setup.py)"
+	@$(LMMS)/bin/python -m pip install --disable-pip-version-check --no-input -q --no-deps \
+		"$$(sed -n 's/.*"\(lmms-eval[^"]*\)".*/\1/p' setup.py)"
+	@touch $@
 
 # Installs $(1) with pip, whose output goes to a log; every ten seconds the log's last line shows where it stands.
 # Ends by importing everything once, which shows that the installation works and writes the bytecode.

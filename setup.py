@@ -48,6 +48,12 @@ EXTRAS = {
     ],
     "gcs": ["gcsfs>=2026.1", "google-cloud-storage>=3.0"],  # --workdir gs://...: files by the one, orbax by the other
     "serve": ["fastapi>=0.115", "uvicorn>=0.30"],  # the OpenAI-compatible server
+    "lmms": [
+        # Its benchmarks, asked of jaxvlm's models through the entry point below. It brings 150 packages, torch among
+        # them, which jaxvlm itself never imports. Another 0.x may look for models in another way.
+        "lmms-eval>=0.7.3,<0.8",
+        "filelock<4",  # lmms-eval 0.7.3 patches a module that filelock 4 does not have, and does not say so
+    ],
     "log": ["tensorboardX>=2.6", "wandb>=0.20"],  # writers beside metrics.jsonl, without tensorflow
     "emoji": ["resvg-py>=0.5"],  # draws the SVG images of the emoji preset
     # Compilers for `jaxvlm plan` and `make test-plan`: they run on any machine, no accelerator needed.
@@ -64,6 +70,7 @@ EXTRAS["test"] = [
     *EXTRAS["notebook"],
     *EXTRAS["data"],
     *EXTRAS["gcs"],
+    *EXTRAS["serve"],
     "pytest>=8.3",
     "pytest-xdist>=3.6",  # two workers for two cores
     "hypothesis>=6.100",
@@ -88,7 +95,10 @@ setup(
     python_requires=">=3.11",  # jax 0.11 and newer need 3.12, so 3.11 stays on 0.10.2
     install_requires=BASE,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["jaxvlm = jaxvlm.main:entry_point"]},
+    entry_points={
+        "console_scripts": ["jaxvlm = jaxvlm.main:entry_point"],
+        "lmms_eval.models": ["jaxvlm = jaxvlm.evals.lmms:manifest"],
+    },
     classifiers=[
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",

@@ -249,7 +249,7 @@ def time_generation(config, params, llm, rounds: int) -> dict:
     def theirs():
         return llm.generate(ids, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
 
-    theirs_text = [engine._decode(row[ids.shape[1] :].tolist()) for row in theirs()]
+    theirs_text = [engine.decode(row[ids.shape[1] :].tolist()) for row in theirs()]
     agree = sum(a == b.strip() or a == b for a, b in zip(ours(), theirs_text, strict=True))
     times: dict[str, list[float]] = {"jaxvlm": [], "torch": []}
     for _ in range(rounds):

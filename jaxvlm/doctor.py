@@ -24,6 +24,7 @@ OLDEST_PYTHON = (3, 11)
 EXTRAS = {  # what an extra of setup.py is for; the packages in it come from the installed metadata
     "data": "TFDS, Hugging Face and ArrayRecord data sets",
     "serve": "the OpenAI-compatible server",
+    "lmms": "benchmarks of lmms-eval",
     "log": "TensorBoard and Weights & Biases",
     "emoji": "the emoji preset's images",
     "notebook": "making and running the notebooks",

@@ -31,6 +31,7 @@ The main job, every stage and then the evaluation, resumed where it stopped if i
 Verbs (`jaxvlm VERB --help` for each):
   chat       talk about an image with a trained model
   generate   answer one request, or a JSONL file of them
+  serve      answer over HTTP, as OpenAI's chat completions
   eval       evaluate a run; score any program's answers on a benchmark, as a paper does; list benchmarks
   import     read a checkpoint of another project and save it as a jaxvlm model
   export     write a model as a folder that transformers, vLLM, LLaVA's code or PEFT load
@@ -187,6 +188,34 @@ def generate(argv: Sequence[str]) -> None:
     for piece in engine.stream([{"role": "user", "content": content}], images, **sampling):
         print(piece, end="", flush=True)
     print()
+
+
+def serve(argv: Sequence[str]) -> None:
+    """Answer over HTTP, as OpenAI's chat completions (docs/serving.md)."""
+    parser = _model_parser("serve", serve.__doc__)
+    parser.add_argument("--name", help="what the model is called in requests (default: the last part of --run)")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines ask too; there is no password")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--batch_size", type=int, default=16, help="requests computed at once, if that many wait")
+    _sampling(parser, max_new_tokens=1024)
+    parser.set_defaults(seed=None)
+    options = parser.parse_args(argv)
+    if options.batch_size < 1 or options.max_new_tokens < 1:
+        raise ConfigError("--batch_size and --max_new_tokens must be at least 1.")
+    if not (0 <= options.temperature <= 2 and 0 <= options.top_p <= 1):
+        raise ConfigError("--temperature must be from 0 to 2, and --top_p from 0 to 1.")
+    from jaxvlm.serve import server
+
+    bound = server.open_port(options.host, options.port)
+    prepare_jax()
+    from jaxvlm.infer.engine import load
+    from jaxvlm.serve.worker import Sampling
+
+    name = options.name or Path(options.run).resolve().name
+    defaults = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed, stop=())
+    app = server.create(load(options.run, dtype=None), name, defaults, options.batch_size)
+    print(f"Serving {name} at http://{options.host}:{bound.getsockname()[1]}/v1. Ctrl-C stops.", flush=True)
+    server.serve(app, bound)
 
 
 def evaluate(argv: Sequence[str]) -> None:
@@ -366,6 +395,7 @@ def _sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
 VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "chat": chat,
     "generate": generate,
+    "serve": serve,
     "eval": evaluate,
     "import": import_checkpoint,
     "export": export,

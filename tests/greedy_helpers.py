@@ -28,5 +28,5 @@ def check_logits_and_greedy(engine, requests: list[dict], oracle: Callable) -> f
             ids, index = np.append(ids, wanted[-1]), np.append(index, -1)
         assert tokens == wanted
     assert len(prompts) > 1 and max(len(set(tokens)) for tokens in written) > 2  # not one word over and over
-    assert engine.generate(requests, max_new_tokens=NEW) == [engine._decode(tokens).strip() for tokens in written]
+    assert engine.generate(requests, max_new_tokens=NEW) == [engine.decode(tokens).strip() for tokens in written]
     return worst

@@ -79,6 +79,7 @@ def test_batches_of_any_size_give_the_same_answers_in_the_callers_order(engine, 
 def test_streaming_gives_the_same_text(engine, requests, answers):
     for request, answer in zip(requests, answers, strict=True):
         assert "".join(engine.stream(**request, max_new_tokens=NEW)) == answer
+        assert engine.prompt_length(request) == len(engine._prompt(request, 0).tokens)
 
 
 def test_images_pass_the_tower_once_and_text_not_at_all(engine, requests, answers, monkeypatch):
@@ -327,6 +328,22 @@ def test_choosing_by_the_loss_of_each_answer(engine, requests, tmp_path):
     made = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert made[1]["losses"] == pytest.approx(found[1], abs=1e-5) and made[0]["losses"] == made[1]["losses"][:1]
     assert made[1]["text"] == options[int(np.argmin(found[1]))]
+
+
+def test_greedy_answers_are_told_by_their_counted_tokens(engine, requests):
+    logits = engine.logits(requests[1:2]).values
+    tokens, targets = engine._prompt(requests[1], 0).tokens[None], logits.argmax(-1)
+    weights, lengths = np.zeros(tokens.shape, np.float32), np.array([tokens.shape[1]])
+    weights[0, -3:] = 1
+    for changed, expected in ((None, True), (-2, False), (2, True)):
+        said = targets.copy()
+        if changed is not None:
+            said[0, changed] += 1
+        rest = (None, None, None, lengths, said, weights)
+        losses, greedy = decoding.answer_losses(engine.config, engine.params, tokens, *rest)
+        picked = np.take_along_axis(logits[0, -3:], said[0, -3:, None], -1)[:, 0]
+        loss = (np.log(np.exp(logits[0, -3:].astype(np.float64)).sum(-1)) - picked).mean()
+        assert greedy.tolist() == [expected] and losses.tolist() == pytest.approx([loss], abs=1e-4)
 
 
 def test_a_benchmark_from_questions_to_score(engine, world, tmp_path, capsys):

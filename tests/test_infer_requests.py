@@ -1,9 +1,13 @@
 """Requests in the usual chat form."""
 
+import base64
+import io
+
 import numpy as np
 import pytest
+from PIL import Image
 
-from jaxvlm.infer.answers import RequestError
+from jaxvlm.config import UserError
 from jaxvlm.infer.requests import plain
 
 PICTURE = np.zeros((4, 4, 3), np.uint8)
@@ -33,6 +37,16 @@ def test_text_parts_are_not_separated():
     assert plain({"messages": [user(parts)]}, "r") == ([user("ab")], [])
 
 
+def test_openais_form_of_a_picture():
+    with io.BytesIO() as file:
+        Image.fromarray(PICTURE + 7).save(file, "png")
+        url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    for part in ({"url": url, "detail": "low"}, url):
+        content = [{"type": "text", "text": "Hm"}, {"type": "image_url", "image_url": part}]
+        messages, images = plain({"messages": [user(content)]}, "r")
+        assert messages == [user("Hm\n<image>")] and np.array_equal(np.asarray(images[0]), PICTURE + 7)
+
+
 @pytest.mark.parametrize(
     ("request_", "words"),
     [
@@ -40,10 +54,17 @@ def test_text_parts_are_not_separated():
         ({"messages": [user([{"type": "image"}])]}, "1 <image> in its messages but 0 image"),
         ({"messages": [user("<image>")], "images": ["nowhere.png"]}, "nowhere.png does not exist"),
         ({"messages": [user([{"type": "video"}])]}, "content part"),
+        ({"messages": [user([{"type": "image_url", "image_url": {"url": "https://x.org/y.png"}}])]}, "are not fetched"),
+        (
+            {"messages": [user([{"type": "image_url", "image_url": "data:image/png;base64,?"}])]},
+            "base64 of an image_url",
+        ),
+        ({"messages": [user([{"type": "image_url", "image_url": "data:image/png;base64,AA=="}])]}, "read as an image"),
+        ({"messages": [user(None)]}, "content is a text or a list of parts"),
         ({"messages": ["hello"]}, "needs a role and a content"),
         ("hello", "must be"),
     ],
 )
 def test_bad_requests_name_the_fix(request_, words):
-    with pytest.raises(RequestError, match=words):
+    with pytest.raises(UserError, match=words):
         plain(request_, "Request 7")

@@ -23,6 +23,7 @@ IMPORT_NAMES = {
     "jaxlib": "jax",
     "resvg_py": "resvg-py",
     "tensorflow_datasets": "tensorflow-datasets",
+    "lmms_eval": "lmms-eval",
 }
 
 
@@ -116,10 +117,12 @@ def test_packages_are_all_found(setup_arguments):
 
 def test_command_is_installed(setup_arguments):
     from jaxvlm import main
+    from jaxvlm.evals import lmms
 
     [command] = setup_arguments["entry_points"]["console_scripts"]
     assert command == "jaxvlm = jaxvlm.main:entry_point"
-    assert callable(main.entry_point)
+    assert setup_arguments["entry_points"]["lmms_eval.models"] == ["jaxvlm = jaxvlm.evals.lmms:manifest"]
+    assert callable(main.entry_point) and callable(lmms.manifest)
 
 
 @pytest.mark.parametrize("target", ["setup", "quickstart", "test", "lint", "bench", "notebook", "clean"])

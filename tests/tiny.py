@@ -62,3 +62,19 @@ def run_config(data: Path, tokenizer: Path, **changes) -> RunConfig:
         ),
     )
     return RunConfig(**(values | changes))
+
+
+def saved_engine(folder: Path):
+    """(an engine of random weights, saved as folder/toy; the paths of some pictures)."""
+    import hf_copy
+
+    from jaxvlm.data.assets import toy
+    from jaxvlm.infer.engine import Engine
+    from jaxvlm.weights.saved import save_model
+
+    tokenizer, data = toy.write_tokenizer(folder / "tokenizer"), toy.write_dataset(folder / "data", count=6)
+    config = model_config()
+    prompt = PromptConfig(tokenizer=str(tokenizer), template="vicuna_v1", transform="naive")
+    engine = Engine(config, prompt, hf_copy.random_params(config))
+    save_model(folder / "toy" / "model", engine.params, engine.config, prompt, {})
+    return engine, sorted((data / "images").iterdir())

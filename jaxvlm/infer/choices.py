@@ -44,7 +44,7 @@ def loss_batches(
         part = requests[start : start + size]
         places = [(i, k) for i, request in enumerate(part) for k in range(len(request["options"]))]
         answered = [{**part[i], "answer": part[i]["options"][k]} for i, k in places]
-        losses = {places[at]: loss for batch in engine.answer_losses(answered, batch_size) for at, loss in batch}
+        losses = {places[at]: loss for batch in engine.answer_losses(answered, batch_size) for at, (loss, _) in batch}
         yield [(start + i, [losses[i, k] for k in range(len(request["options"]))]) for i, request in enumerate(part)]
 
 

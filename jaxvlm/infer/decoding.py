@@ -203,12 +203,15 @@ def answer_losses(
     lengths: jax.Array,
     targets: jax.Array,
     weights: jax.Array,
-) -> jax.Array:
-    """float32 [B]: Σ w·CE / Σ w of each row, with next tokens `targets` and `weights` [B, P]; the rest as `all_logits`."""
+) -> tuple[jax.Array, jax.Array]:
+    """Of each row Σ w·CE / Σ w, float32 [B], with next tokens `targets` and `weights` [B, P], and whether every token of
+    weight is the likeliest, bool [B]; the rest as `all_logits`.
+    """
     logits = all_logits(config, params, tokens, visual_index, visual, blend, lengths)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]  # [B, P]
     losses = jax.nn.logsumexp(logits, axis=-1) - chosen
-    return (losses * weights).sum(1) / jnp.maximum(weights.sum(1), 1)
+    greedy = ((logits.argmax(-1) == targets) | (weights == 0)).all(1)
+    return (losses * weights).sum(1) / jnp.maximum(weights.sum(1), 1), greedy
 
 
 @jax.jit

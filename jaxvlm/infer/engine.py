@@ -12,7 +12,7 @@ import json
 import os
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -119,15 +119,8 @@ class Engine:
         """
         answers = [""] * len(requests)
         done = 0
-        for batch in self.generate_batches(
-            requests,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            stop=stop,
-            batch_size=batch_size,
-        ):
+        sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+        for batch in self.generate_batches(requests, stop=stop, batch_size=batch_size, **sampling):
             for index, text in batch:
                 answers[index] = text
             done += len(batch)
@@ -136,6 +129,14 @@ class Engine:
         return answers
 
     def generate_batches(
+        self, requests: Sequence[dict], *, stop: str | Sequence[str] | None = None, **sampling: Any
+    ) -> Iterator[list[tuple[int, str]]]:
+        """As `generate`, batch by batch as they finish, longest prompts first: lists of (request index, answer)."""
+        stops = _stops(stop)
+        for batch in self.token_batches(requests, **sampling):
+            yield [(index, cut_at(self.decode(tokens), stops).strip()) for index, tokens in batch]
+
+    def token_batches(
         self,
         requests: Sequence[dict],
         *,
@@ -143,15 +144,12 @@ class Engine:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
-        stop: str | Sequence[str] | None = None,
         batch_size: int | None = None,
-    ) -> Iterator[list[tuple[int, str]]]:
-        """As `generate`, batch by batch as they finish, longest prompts first: lists of (request index, answer)."""
-        stops = _stops(stop)
+    ) -> Iterator[list[tuple[int, list[int]]]]:
+        """As `generate_batches`, with the answers' tokens, that which ended one included."""
         for indices, prompts, rows in self._batches(requests, batch_size):
             tokens = self._answer(prompts, rows, max_new_tokens, temperature, top_p, seed)
-            texts = (cut_at(self._decode(row), stops).strip() for row in tokens)
-            yield list(zip(indices, texts, strict=True))
+            yield list(zip(indices, tokens, strict=True))
 
     def first_logits(self, requests: Sequence[dict], batch_size: int | None = None) -> Iterator[list]:
         """As `generate_batches`, with float32 logits [V] of the answer's first token in place of the answer."""
@@ -164,7 +162,9 @@ class Engine:
             yield list(zip(indices, np.asarray(logits), strict=False))
 
     def answer_losses(self, requests: Sequence[dict], batch_size: int | None = None) -> Iterator[list]:
-        """As `generate_batches`, of requests that have an `answer`: its tokens' mean cross-entropy, its end's with them."""
+        """As `generate_batches`, of requests that have an `answer`, with (its tokens' mean cross-entropy, its end's with them;
+        whether greedy decoding would write it) in place of the text.
+        """
         for indices, prompts, rows in self._batches(requests, batch_size):
             with self._on_mesh():
                 inputs = self._padded(prompts, rows, left=False)
@@ -173,8 +173,8 @@ class Engine:
                     lengths[row] = length = len(prompt.tokens)
                     targets[row, :length], weights[row, :length] = prompt.answer
                 answers = (lengths, targets.astype(np.int32), weights)
-                losses = decoding.answer_losses(self.config, self.params, *inputs, *answers)
-            yield list(zip(indices, np.asarray(losses).tolist(), strict=False))
+                found = decoding.answer_losses(self.config, self.params, *inputs, *answers)
+            yield list(zip(indices, zip(*(np.asarray(one).tolist() for one in found), strict=True), strict=False))
 
     def _batches(self, requests: Sequence[dict], size: int | None) -> Iterator[tuple[list[int], list[Prompt], int]]:
         """(indices, prompts, rows computed at once), longest prompts first.
@@ -203,16 +203,19 @@ class Engine:
         top_p: float = 1.0,
         seed: int = 0,
         stop: str | Sequence[str] | None = None,
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, tuple[int, bool]]:
         """The answer in pieces as it is written; joined they are what `generate` returns.
 
-        A piece holds whole characters only: the tokens of an unfinished one are held back.
+        A piece holds whole characters only: the tokens of an unfinished one are held back. The iterator returns (as the
+        value of `yield from`) how many tokens were written, and whether the answer ended before its limit of them.
         """
         prompt = self._prompt({"messages": messages, "images": images}, 0)
         return self._stream(prompt, max_new_tokens, temperature, top_p, seed, _stops(stop))
 
-    def _stream(self, prompt, max_new_tokens, temperature, top_p, seed, stops) -> Iterator[str]:
-        writer = Detokenizer(self._decode, stops)
+    def _stream(
+        self, prompt, max_new_tokens, temperature, top_p, seed, stops
+    ) -> Generator[str, None, tuple[int, bool]]:
+        writer = Detokenizer(self.decode, stops)
         greedy = temperature <= 0
         with self._on_mesh():
             rows = self._rows(1, 1)
@@ -236,6 +239,7 @@ class Engine:
                 )
         if rest := writer.finish():
             yield rest
+        return at + 1, writer.stopped or chosen in self.end_ids
 
     def logits(self, requests: Sequence[dict]) -> Logits:
         """Logits of whole prompts, in one batch: `values[i, j]` scores the token after the j-th of request i.
@@ -310,7 +314,12 @@ class Engine:
         sizes = [image.image_size(item) if self.tiling.sized else (0, 0) for item in images]
         return image_plans(self.tiling, sizes)
 
-    def _decode(self, ids: Sequence[int]) -> str:
+    def prompt_length(self, request: dict) -> int:
+        """Tokens of a request's prompt, those of its images included. Raises `RequestError` as `generate` would."""
+        return len(self._prompt(request, 0).tokens)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of an answer's tokens, white space around it included."""
         return self.tokenizer.decode([i for i in ids if i not in self.end_ids])
 
     # ------------------------------------------------------------------------------------------------------- to device

@@ -31,6 +31,6 @@ def sequence_losses(
             tokens[row, :size], targets[row, : size - 1], weights[row, : size - 1] = ids, ids[1:], counted[1:]
         with engine._on_mesh():
             inputs = (engine._put(tokens), None, None, None, lengths, targets, weights)
-            means = decoding.answer_losses(engine.config, engine.params, *inputs)
+            means, _ = decoding.answer_losses(engine.config, engine.params, *inputs)
         found[part] = np.asarray(means, np.float64)[: len(part)] * weights.sum(1)[: len(part)]
     return found
