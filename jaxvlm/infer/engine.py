@@ -260,12 +260,13 @@ class Engine:
 
     @property
     def fingerprint(self) -> str:
-        """A digest of the config and of every bit of the parameters: answers of two models cannot be mistaken."""
+        """A digest of the config, the tokenizers and every bit of the parameters: answers of two models cannot be mistaken."""
         if self._fingerprint is None:
             leaves = jax.tree_util.tree_leaves_with_path(self.params)
             sums = zip(leaves, jax.device_get(decoding.bit_sums([leaf for _, leaf in leaves])), strict=True)
             sums = [(jax.tree_util.keystr(path), leaf.shape, *map(int, pair)) for (path, leaf), pair in sums]
-            text = json.dumps([to_dict(self.config), self.prompt.template, sums], sort_keys=True)
+            tokens = [one.fingerprint_text for one in (self.tokenizer, self.instructions) if one]
+            text = json.dumps([to_dict(self.config), self.prompt.template, tokens, sums], sort_keys=True)
             self._fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
         return self._fingerprint
 
