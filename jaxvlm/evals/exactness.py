@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from jaxvlm.evals.statistics import wilson_interval
 from jaxvlm.infer.answers import answer_requests, merged
-
-if TYPE_CHECKING:
-    from jaxvlm.infer.engine import Engine
+from jaxvlm.infer.engine import Engine
 
 FEWEST, SHARE = 16, 0.02  # asked again where nobody says how many: the larger of the two
 
