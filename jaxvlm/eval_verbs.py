@@ -20,7 +20,7 @@ from jaxvlm.evals.compare import intervals as intervals_of
 from jaxvlm.evals.exactness import check_in_words, exact_check
 from jaxvlm.evals.scoring import score as score_answers
 from jaxvlm.infer.answers import answer_requests, merged, read_requests, settings, speed, speed_in_words
-from jaxvlm.study_verbs import clusters, columns, language, leakage, read_result, save, span, wording
+from jaxvlm.study_verbs import clusters, columns, language, leakage, named, read_result, save, span, wording
 
 USAGE = """jaxvlm eval: evaluate a run, and score answers that any program wrote.
 
@@ -290,13 +290,7 @@ def compare(argv: Sequence[str]) -> int:
 def _results(runs: Sequence[str]) -> dict[tuple[str, str], dict[str, list[dict]]]:
     """Results by benchmark (task, protocol) and by the name of the run."""
     found: dict[tuple[str, str], dict[str, list[dict]]] = {}
-    names = [text.partition("=")[0] for text in runs]
-    if len(set(names)) < len(names):
-        raise ConfigError("Two runs have one name. Other seeds of a run are files with commas between: --run NAME=A,B.")
-    for text in runs:
-        name, _, files = text.partition("=")
-        if not files:
-            raise ConfigError(f"--run {text}: give a name and its results, as in --run mine=result.json.")
+    for name, files in named("--run", runs):
         for file in files.split(","):
             result = read_result(file)
             found.setdefault((result["task"], result["protocol"]), {}).setdefault(name, []).append(result)
