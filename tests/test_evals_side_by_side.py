@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 
 from jaxvlm.config import PromptConfig
-from jaxvlm.evals.side_by_side import chance
 from jaxvlm.infer import engine
 from jaxvlm.main import main
 
@@ -107,13 +106,6 @@ def test_boxes_are_drawn_where_they_are(tmp_path, monkeypatch):
     red, green, blue = image.getpixel((301, 60))
     assert green > 120 > red
     assert min(image.getpixel((200 + 50, 150))) > 200 and min(image.getpixel((150, 75))) > 200
-
-
-def test_chance_is_of_these_questions():
-    labels = [{"category": "random", "label": label} for label in ("yes", "no", "no", "no")]
-    assert chance("pope", "f1", labels) == pytest.approx(100 * 2 * 0.25 * 0.5 / 0.75)
-    assert chance("ai2d", "accuracy", [{"choices": ["a", "b"]}, {"choices": list("abcd")}]) == 37.5
-    assert chance("gqa", "accuracy", [{"answer": "red"}]) is None
 
 
 def test_what_cannot_be_shown(tmp_path, capsys):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from PIL import Image, ImageDraw, ImageOps
 
 from jaxvlm import html
+from jaxvlm.evals.baselines import guessed
 from jaxvlm.evals.exactness import check_in_words
 from jaxvlm.evals.question_file import EvalError
 from jaxvlm.evals.readers import read_json
@@ -102,27 +103,6 @@ def write(runs: Sequence[Run], out: str | Path, *, samples: int = 60, seed: int 
     return page
 
 
-def chance(task: str, headline: str, references: Sequence[Mapping]) -> float | None:
-    """The headline number of uniform guesses, from the questions themselves; None where that has no simple form."""
-    if task == "mmvp":
-        return 25.0
-    if task == "pope" and headline == "f1":
-        splits: dict[str, list[bool]] = {}
-        for one in references:
-            splits.setdefault(str(one.get("category")), []).append(one["label"] == "yes")
-        shares = [sum(labels) / len(labels) for labels in splits.values()]
-        return sum(100 * share / (share + 0.5) for share in shares) / len(shares)
-    if headline != "accuracy":
-        return None
-    if task in ("pope", "vsr"):
-        return 50.0
-    if task == "tallyqa":
-        return 100 / 16
-    if references and all(isinstance(one.get("choices"), list) and one["choices"] for one in references):
-        return sum(100 / len(one["choices"]) for one in references) / len(references)
-    return None
-
-
 def _benchmark(run: Run) -> tuple[str, str]:
     return run.sighted["task"], run.sighted["protocol"]
 
@@ -131,7 +111,7 @@ def _row(run: Run) -> list[str]:
     result, (task, protocol) = run.sighted, _benchmark(run)
     interval = result.get("intervals", {}).get(result["headline"])
     blind = run.blind and run.blind["value"]
-    guess = chance(task, result["headline"], list(run.references.values()))
+    guess = guessed(task, protocol, list(run.references.values()))
     printed = PUBLISHED.get(task) if protocol == "llava15" else None
     return [
         f"{task}, {protocol}: {result['headline']}",
