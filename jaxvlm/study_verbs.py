@@ -80,12 +80,14 @@ def leakage(argv: Sequence[str]) -> int:
         raise ConfigError(f"{options.result} is a result of {result['task']}, not of {options.task}.")
     shown = {one["id"]: picture_name(options.task, one, Path(options.images)) for one in references}
     named = sorted({name for name in shown.values() if name})
-    mine = leaks.hashes([partial(str, Path(options.images, name)) for name in named], "pictures of the benchmark")
+    files = [partial(str, Path(options.images, name)) for name in named]
+    mine = leaks.hashes(files, "pictures of the benchmark", leaks.kept_file(options.images))
     bad = [name for name, pair in zip(named, mine, strict=True) if pair is None]
     if bad:
         raise ConfigError(f"{len(bad)} of the benchmark's pictures cannot be read, {bad[0]} among them.")
     pictures = leaks.training_pictures(options.training, options.training_images)
-    theirs = leaks.hashes(list(pictures.values()), "pictures of training")
+    kept = leaks.kept_file(options.training, options.training_images)
+    theirs = leaks.hashes(list(pictures.values()), "pictures of training", kept)
     readable = {name: pair for name, pair in zip(pictures, theirs, strict=True) if pair}
     found = leaks.copies(dict(zip(named, mine, strict=True)), readable, options.distance)
     places = {copy.picture for copy in found}
