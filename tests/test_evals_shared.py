@@ -118,13 +118,18 @@ def requests(count):
     return [{"id": i, "messages": [{"role": "user", "content": text}], "images": []} for i, text in enumerate(texts)]
 
 
-def test_an_exact_answer_is_computed_by_the_same_program_alone_and_among_others(engine, monkeypatch):
+def test_an_exact_answer_is_computed_by_the_same_program_alone_and_among_others(engine, monkeypatch, tmp_path):
     asked = requests(11)
+    pictures = sorted(map(str, (toy.write_dataset(tmp_path, count=3) / "images").iterdir()))
+    for i in range(1, 9):  # of one to three pictures, in prompts that are as long as others without
+        asked[i]["images"] = pictures[: 1 + i % 3]
+        asked[i]["messages"][0]["content"] = "<image>" * (1 + i % 3) + " red" * (14 - 4 * (i % 3))
     shapes, inputs = [], engine._inputs
 
     def seen(prompts, *more):
         found = inputs(prompts, *more)
-        shapes.append({(len(prompt.tokens), found[0][0].shape) for prompt in prompts})
+        visual = None if found[0][2] is None else found[0][2].shape
+        shapes.append({(len(prompt.tokens), found[0][0].shape, visual) for prompt in prompts})
         return found
 
     monkeypatch.setattr(engine, "_inputs", seen)
@@ -133,7 +138,8 @@ def test_an_exact_answer_is_computed_by_the_same_program_alone_and_among_others(
     many, shapes = set().union(*shapes), []
     alone = [engine.generate([one], max_new_tokens=8, batch_size=4)[0] for one in asked]
     assert alone == together and len(set(together)) > 2
-    assert set().union(*shapes) == many and {shape[0] for _, shape in many} == {4} and len(many) > 3
+    assert set().union(*shapes) == many and {shape[0] for _, shape, _ in many} == {4} and len(many) > 3
+    assert len({visual for _, _, visual in many}) == 4  # no tiles, and places for one, two and four
 
 
 @pytest.mark.parametrize("count", [2_000, pytest.param(20_000, marks=pytest.mark.slow)])
