@@ -148,6 +148,8 @@ def benchmark(argv: Sequence[str]) -> int:
         raise ConfigError(
             f"{options.task} is rated by another model: jaxvlm eval questions, generate, then eval score."
         )
+    if options.check is not None and options.check < 0:
+        raise ConfigError(f"--check {options.check}: say how many questions to ask again, 0 for none.")
     references = tasks.read_references(options.task, options.references, options.split)
     references = draw(references, options.limit, options.seed) if options.limit else references
     from jaxvlm.infer.engine import load

@@ -197,17 +197,20 @@ def answer_key(engine: Engine, sampling: dict, batch_size: int | None) -> dict:
     from jaxvlm.data.image import transform_version
 
     about = engine.prompt
-    key = {"model": engine.fingerprint, "template": about.template, "layout": about.layout}
-    key |= {
+    key = {
+        "model": engine.fingerprint,
+        "template": about.template,
         "transform": transform_version(about.transform),
+        "layout": about.layout,
+        "tiles": repr((about.grids, about.max_tiles, about.tile_several)),
         "exact": engine.exact,
         "batch_size": batch_size or "default",
+        "backend": jax.default_backend(),
+        "precision": jax.config.jax_default_matmul_precision or "default",
+        "max_new_tokens": sampling["max_new_tokens"],
     }
-    key["tiles"] = repr((about.grids, about.max_tiles, about.tile_several))
-    key["max_new_tokens"] = sampling["max_new_tokens"]
     if sampling["temperature"] > 0:
         key |= sampling
-    key |= {"backend": jax.default_backend(), "precision": jax.config.jax_default_matmul_precision or "default"}
     return key | {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
 
 
@@ -282,10 +285,8 @@ def speed(answers: Iterable[dict]) -> dict:
             one["answered"] += 1
             one["asked"] += answer["seconds"] > 0
             one["seconds"] += answer["seconds"]
-    for one in found.values():
-        one["per_second"] = (
-            one["asked"] / one["seconds"] if one["asked"] else None
-        )  # of a draw, copies alone may be left
+    for one in found.values():  # of some that were drawn, copies alone may be left
+        one["per_second"] = one["asked"] / one["seconds"] if one["asked"] else None
     return found.pop("") | {"parts": found}
 
 
