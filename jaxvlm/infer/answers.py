@@ -291,8 +291,8 @@ def speed(answers: Iterable[dict]) -> dict:
 
 
 def speed_in_words(taken: dict | None) -> str:
-    """`speed` on one line, its parts named where there are several; empty where nothing was asked."""
-    if not taken or not taken["asked"]:
+    """`speed` on one line, its parts named where there are several; empty where a result does not say, as of older versions."""
+    if not taken or not taken.get("asked"):
         return ""
     line = f"{taken['per_second']:.2f} questions/s, {taken['asked']:,} in {clock(taken['seconds'])}"
     if taken["answered"] > taken["asked"]:
