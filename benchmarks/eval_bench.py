@@ -16,6 +16,13 @@ medians: above 1, ours is faster. The two accuracies must be equal to the offici
 times greedy answers instead: questions of easy-VQA's test set to a model of the quickstart's size with random weights, 8 new
 tokens each, asked one at a time, in batches of 16, and in exact batches of 16, in turn; after one round that compiles. Counted are
 the answers of the batches that differ from those asked one at a time, for each --dtype.
+
+  python benchmarks/eval_bench.py --many [--out benchmarks/results/evals_many.json]
+
+answers 20,000 questions about 400 drawn pictures into a file, as `jaxvlm eval benchmark` does, by the toy model of
+`configs/quickstart.py:tiny` with random weights, 8 new tokens each in batches of 16, and notes the process's largest resident
+size; beside it 2,000 of them, and the first 1,000 asked one at a time. Each in a process of its own that has compiled before its
+time starts. A model this small says nothing of a real one's speed: measured is what the runner costs and keeps.
 """
 
 from __future__ import annotations
@@ -39,6 +46,7 @@ WORDS = """yes no 1 2 3 white red blue green black brown one two none left right
 frisbee wood grass t-shirt don't wont couch pizza, 1,000 10:30 u.s.a. a/b sunny outside kitchen""".split()
 ALONE = 6  # so many are asked alone in the exact mode too, which computes 16 rows for each
 SIDES = ("jaxvlm", "official")
+MANY = (1_000, 2_000, 20_000)  # asked one at a time; and in batches into a file
 
 
 def write_data(folder: Path) -> None:
@@ -179,6 +187,72 @@ def generation(rounds: int, dtypes: list[str], count: int = 32, new: int = 8) ->
     return about | {"commit": head("."), "types": found}
 
 
+def many(side: str, count: int, folder: Path) -> dict:
+    """Answers `count` questions in batches into a file (`file`) or one at a time (`loop`): seconds and MiB."""
+    import resource
+
+    import jax
+    import numpy as np
+
+    from jaxvlm.data.assets import resolve_assets, toy
+    from jaxvlm.infer.answers import answer_requests, merged, read_requests
+    from jaxvlm.infer.engine import Engine
+    from jaxvlm.main import load_config
+    from jaxvlm.models.vlm import abstract_params
+
+    rng = np.random.default_rng(0)
+    if not (folder / "q.jsonl").is_file():
+        pictures = sorted(path.name for path in (toy.write_dataset(folder, 400) / "images").iterdir())
+        words = "red green blue yellow left right half colour what is the it".split()
+        asked = [
+            {"question_id": i, "text": " ".join([*rng.choice(words, 1 + i % 20), f"{i}?"]), "image": pictures[i % 400]}
+            for i in range(MANY[-1])
+        ]
+        (folder / "q.jsonl").write_text("".join(json.dumps(one) + "\n" for one in asked))
+    values = resolve_assets(load_config(str(Path(__file__).parents[1] / "configs" / "quickstart.py:tiny")))
+    params = jax.tree.map(lambda leaf: 0.2 * rng.standard_normal(leaf.shape, np.float32), abstract_params(values.model))
+    engine = Engine(values.model, values.prompt, params)
+    requests = read_requests(folder / "q.jsonl", folder / "images")[:count]
+    if side == "loop":
+        ask = [lambda one=one: engine.generate([one], max_new_tokens=8, batch_size=1) for one in requests]
+        for one in ask[:40]:
+            one()
+        started = time.perf_counter()
+        for one in ask:
+            one()
+        return {"seconds": time.perf_counter() - started, "questions": count}
+    out = folder / f"{count}.jsonl"
+    answer_requests(engine, requests[:640], folder / f"warm-{count}.jsonl", max_new_tokens=8)
+    mebibytes, before = 2**20 if sys.platform == "darwin" else 2**10, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.perf_counter()
+    answer_requests(engine, requests, out, max_new_tokens=8)
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    distinct = len({one["text"] for one in merged(out, [one["id"] for one in requests])})
+    found = {"seconds": seconds, "questions": count, "distinct_answers": distinct}
+    return found | {"before_mib": before / mebibytes, "peak_mib": peak / mebibytes}
+
+
+def run_many(rounds: int) -> dict:
+    found: dict[str, list[dict]] = {}
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            for side, count in zip(("loop", "file", "file"), MANY, strict=True):
+                command = [sys.executable, __file__, "--side", side, "--count", str(count), "--folder", folder]
+                said = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
+                one = json.loads(said.splitlines()[-1])
+                one["per_second"] = one["questions"] / one["seconds"]
+                found.setdefault(f"{side} {count}", []).append(one)
+                print(side, one, flush=True)
+    rates = {name: statistics.median(one["per_second"] for one in runs) for name, runs in found.items()}
+    import jax
+
+    about = {"what": f"{MANY[-1]:,} greedy answers of 8 tokens, toy model with random weights, 400 pictures"}
+    about |= {"device": f"{jax.devices()[0].device_kind}, {platform.machine()}, 2 shared cores", "jax": jax.__version__}
+    rate = rates[f"file {MANY[-1]}"] / rates[f"loop {MANY[0]}"]
+    return about | {"commit": head("."), "per_second": rates, "file_over_loop": rate, "rounds": found}
+
+
 def head(folder: str) -> str:
     return subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
 
@@ -189,10 +263,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", default="", metavar="FILE")
     parser.add_argument("--generation", action="store_true", help="time generating instead of scoring")
+    parser.add_argument("--many", action="store_true", help="answer 20,000 questions into a file")
+    parser.add_argument("--count", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--dtype", default="float32", help="of the generating model, as in float32,bfloat16")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=(*SIDES, "file", "loop"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.count:
+        print("\n" + json.dumps(many(options.side, options.count, Path(options.folder))))
+        return
+    if options.many:
+        result = run_many(options.rounds)
+        if options.out:
+            Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
+        return
     if options.side:
         folder = Path(options.folder)
         print(json.dumps(ours(folder) if options.side == "jaxvlm" else official(folder, Path(options.official))))

@@ -6,7 +6,6 @@ import argparse
 import csv
 import difflib
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,10 @@ from jaxvlm.evals.blind import BLIND_MODES
 from jaxvlm.evals.compare import RESAMPLES, z_scores
 from jaxvlm.evals.compare import compare as compare_runs
 from jaxvlm.evals.compare import intervals as intervals_of
+from jaxvlm.evals.exactness import check_in_words, exact_check
 from jaxvlm.evals.scoring import score as score_answers
-from jaxvlm.study_verbs import clusters, columns, language, leakage, read_result, save, span, wording
+from jaxvlm.infer.answers import answer_requests, merged, read_requests, settings, speed, speed_in_words
+from jaxvlm.study_verbs import clusters, columns, language, leakage, named, read_result, save, span, wording
 
 USAGE = """jaxvlm eval: evaluate a run, and score answers that any program wrote.
 
@@ -126,6 +127,13 @@ def benchmark(argv: Sequence[str]) -> int:
         "--exact", action="store_true", help="an answer never depends on what is asked beside it; slower"
     )
     parser.add_argument(
+        "--check",
+        type=int,
+        metavar="N",
+        help="ask N questions, drawn by --seed, again in the exact mode and say how many answers differ (default: 2 %% of "
+        "them, at least 16; 0: none)",
+    )
+    parser.add_argument(
         "--part",
         type=_part,
         default=(0, 1),
@@ -140,36 +148,39 @@ def benchmark(argv: Sequence[str]) -> int:
         raise ConfigError(
             f"{options.task} is rated by another model: jaxvlm eval questions, generate, then eval score."
         )
+    if options.check is not None and options.check < 0:
+        raise ConfigError(f"--check {options.check}: say how many questions to ask again, 0 for none.")
     references = tasks.read_references(options.task, options.references, options.split)
     references = draw(references, options.limit, options.seed) if options.limit else references
-    from jaxvlm.infer.answers import generate_file, parts, read_records
     from jaxvlm.infer.engine import load
 
     engine, values = load(options.run, dtype=None), {}
     engine.exact = options.exact
+    how_asked = {"max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size}
+    how_asked["model_id"] = Path(options.run).name
     for mode in [""] + [options.blind] * (options.blind != "none"):
         name = (mode or "sighted") + f"-{options.seed}" * (mode == "shuffle")
-        asked, made, scored = (
-            Path(options.out) / f"{name}-{part}" for part in ("questions.jsonl", "answers.jsonl", "result.json")
+        asked, made, again, scored = (
+            Path(options.out) / f"{name}-{end}"
+            for end in ("questions.jsonl", "answers.jsonl", "exact.jsonl", "result.json")
         )
         write_questions(
             options.task, options.protocol, references, asked, images=options.images, blind=mode, seed=options.seed
         )
-        sampling = {"max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size}
-        started = time.monotonic()
-        count = generate_file(engine, asked, made, images=options.images, part=options.part, **sampling)
-        speed = {"answered": count, "seconds": time.monotonic() - started}
+        requests = read_requests(asked, Path(options.images))
+        answer_requests(engine, requests, made, part=options.part, label=name, **how_asked)
         if options.part[1] > 1:
             continue
-        drawn = {reference["id"] for reference in references}  # an earlier, larger draw's answers may lie there too
-        whole = [answer for path in parts(made) for answer in read_records(path, mend=False)]
-        found = [answer for answer in whole if answer["question_id"] in drawn]
+        found = merged(made, [request["id"] for request in requests])
         result = score_answers(options.task, options.protocol, found, references, split=options.split)
         if options.intervals:
             result["intervals"] = intervals_of(result, references, resamples=options.intervals)
         values[mode] = result["value"]
-        more = {"blind": mode, "settings": whole[0]["metadata"], "speed": speed}
-        save(result | more | {"images": str(Path(options.images).absolute())}, scored)
+        result |= {"blind": mode, "settings": settings(found), "speed": speed(found)}
+        result["exact_check"] = exact_check(
+            engine, requests, found, again, count=options.check, seed=options.seed, **how_asked
+        )
+        save(result | {"images": str(Path(options.images).absolute())}, scored)
         print(f"\n{name}: {_summary(result)}\n")
     if values:  # for `jaxvlm report`
         complete = readers.completed(references, tasks.find_task(options.task).complete)
@@ -281,13 +292,7 @@ def compare(argv: Sequence[str]) -> int:
 def _results(runs: Sequence[str]) -> dict[tuple[str, str], dict[str, list[dict]]]:
     """Results by benchmark (task, protocol) and by the name of the run."""
     found: dict[tuple[str, str], dict[str, list[dict]]] = {}
-    names = [text.partition("=")[0] for text in runs]
-    if len(set(names)) < len(names):
-        raise ConfigError("Two runs have one name. Other seeds of a run are files with commas between: --run NAME=A,B.")
-    for text in runs:
-        name, _, files = text.partition("=")
-        if not files:
-            raise ConfigError(f"--run {text}: give a name and its results, as in --run mine=result.json.")
+    for name, files in named("--run", runs):
         for file in files.split(","):
             result = read_result(file)
             found.setdefault((result["task"], result["protocol"]), {}).setdefault(name, []).append(result)
@@ -389,6 +394,8 @@ def _summary(result: dict[str, Any]) -> str:
         "judge": judge and f"{judge['model']}, prompt {judge['prompt']}",
         "prompt": result["prompt"]
         and f"{result['prompt']} (of answers to it: {result['prompts_as_asked'] or 'not said'})",
+        "speed": speed_in_words(result.get("speed")),
+        "in exact mode": check_in_words(result.get("exact_check")),
     }
     lines += [f"  {name:16}{value}" for name, value in facts.items() if value]
     notes = [sample["note"] for sample in result["per_sample"] if "note" in sample]

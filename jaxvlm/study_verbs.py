@@ -80,12 +80,14 @@ def leakage(argv: Sequence[str]) -> int:
         raise ConfigError(f"{options.result} is a result of {result['task']}, not of {options.task}.")
     shown = {one["id"]: picture_name(options.task, one, Path(options.images)) for one in references}
     named = sorted({name for name in shown.values() if name})
-    mine = leaks.hashes([partial(str, Path(options.images, name)) for name in named], "pictures of the benchmark")
+    files = [partial(str, Path(options.images, name)) for name in named]
+    mine = leaks.hashes(files, "pictures of the benchmark", leaks.kept_file(options.images))
     bad = [name for name, pair in zip(named, mine, strict=True) if pair is None]
     if bad:
         raise ConfigError(f"{len(bad)} of the benchmark's pictures cannot be read, {bad[0]} among them.")
     pictures = leaks.training_pictures(options.training, options.training_images)
-    theirs = leaks.hashes(list(pictures.values()), "pictures of training")
+    kept = leaks.kept_file(options.training, options.training_images)
+    theirs = leaks.hashes(list(pictures.values()), "pictures of training", kept)
     readable = {name: pair for name, pair in zip(pictures, theirs, strict=True) if pair}
     found = leaks.copies(dict(zip(named, mine, strict=True)), readable, options.distance)
     places = {copy.picture for copy in found}
@@ -131,15 +133,10 @@ def wording(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--out", metavar="FILE", help="write everything there as JSON, each refusal with it")
     options = parser.parse_args(argv)
-    for text in [*options.answers, *options.result]:
-        if not all(text.partition("=")[::2]):
-            raise ConfigError(f"{text}: give a name and a file, as in mine=answers.jsonl.")
+    asked, scored = named("--answers", options.answers), named("--result", options.result, several=True)
     if not options.answers and not options.result:
         raise ConfigError("Nothing to read: give --answers NAME=FILE, --result NAME=FILE, or both.")
-    read = {
-        name: answers.read_answers(file, options.prompts)
-        for name, _, file in (a.partition("=") for a in options.answers)
-    }
+    read = {name: answers.read_answers(file, options.prompts) for name, file in asked}
     made: dict[str, Any] = {
         "answers": {name: words.describe(records) for name, records in read.items()},
         "hallucination": {},
@@ -152,8 +149,8 @@ def wording(argv: Sequence[str]) -> int:
             rows.append((name, category, f"{one['n']:,}", *cells, f"{one['refused']:.1f} %", refused))
     if read:
         print(columns(rows))
-    for name, _, file in (text.partition("=") for text in options.result):
-        result = readers.read_json(Path(file))
+    for name, file in scored:
+        result = read_result(file)
         if result["task"] not in words.HALLUCINATION:
             raise ConfigError(
                 f"{file} is a result of {result['task']}; hallucination is read from {', '.join(words.HALLUCINATION)}."
@@ -161,7 +158,12 @@ def wording(argv: Sequence[str]) -> int:
         numbers = {
             key: result["aggregate"][key] for key in words.HALLUCINATION[result["task"]] if key in result["aggregate"]
         }
-        made["hallucination"].setdefault(name, {})[f"{result['task']} {result['protocol']}"] = numbers
+        told, key = made["hallucination"].setdefault(name, {}), f"{result['task']} {result['protocol']}"
+        if key in told:
+            raise ConfigError(
+                f"{name} has two results of {key}; {file} is the second. Give each run a name of its own."
+            )
+        told[key] = numbers
         shown = ", ".join(f"{key} {value:.2f}" for key, value in numbers.items())
         print(f"\n  {name}, {result['task']} ({result['protocol']}): {shown}")
     if options.out:
@@ -189,9 +191,7 @@ def language(argv: Sequence[str]) -> int:
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--out", metavar="FILE", help="write everything there as JSON")
     options = parser.parse_args(argv)
-    runs = dict(text.partition("=")[::2] for text in options.run)
-    if len(runs) < len(options.run) or not all(runs.values()):
-        raise ConfigError("--run takes a name of its own and a path, as in --run before=PATH.")
+    runs = dict(named("--run", options.run))
     asked = {name: getattr(options, name) for name in lm.READERS if getattr(options, name)}
     questions = {name: lm.READERS[name](path)[: options.limit] for name, path in asked.items()}
     text = Path(options.text).read_text(encoding="utf-8") if options.text else ""
@@ -234,10 +234,25 @@ def language(argv: Sequence[str]) -> int:
 # ------------------------------------------------------------------------------------------------- what all verbs share
 
 
+def named(option: str, texts: Sequence[str], several: bool = False) -> list[tuple[str, str]]:
+    """(name, path) of each NAME=PATH that an option was given. Raises `ConfigError` where one of the two is missing, and for
+    a name given twice, unless one may have `several`.
+    """
+    pairs = [text.partition("=")[::2] for text in texts]
+    for text, pair in zip(texts, pairs, strict=True):
+        if not all(pair):
+            raise ConfigError(f"{option} {text}: give a name and a path, as in {option} mine=PATH.")
+    names = [name for name, _ in pairs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice and not several:
+        raise ConfigError(f"{option}: two are called {twice!r}; give each a name of its own.")
+    return pairs
+
+
 def read_result(path: str | Path) -> dict[str, Any]:
     """A result that `jaxvlm eval score --out` or `jaxvlm eval benchmark` wrote. Raises `ConfigError` for another file."""
     result = readers.read_json(Path(path))
-    if not isinstance(result, dict) or "per_sample" not in result:
+    if not (isinstance(result, dict) and {"task", "protocol", "aggregate", "per_sample"} <= result.keys()):
         raise ConfigError(f"{path} is no result: `jaxvlm eval score --out` and `jaxvlm eval benchmark` write them.")
     return result
 

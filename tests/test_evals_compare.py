@@ -161,7 +161,7 @@ def test_the_verb(tmp_path, capsys):
     assert json.loads(out.read_text())["benchmarks"][0]["pairs"][0]["difference"] == pytest.approx(75.0)
     assert list(csv.reader(table.open()))[0] == ["run", "gqa llava15"]
     for wrong, said in (
-        ([runs[0], runs[0]], "Two runs have one name"),
+        ([runs[0], runs[0]], "two are called"),
         ([f"--run=x={references}"], "is no result"),
         ([runs[0]], "two runs or more"),
     ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 
 import numpy as np
 import pytest
@@ -138,3 +139,37 @@ def test_the_verb(tmp_path, capsys, kind):
     ]
     assert found["score"]["all"]["value"] == 70.0 and found["score"]["clean"]["value"] == 50.0
     assert found["score"]["seen"]["value"] == 100.0
+
+
+def test_hashes_are_kept_and_a_changed_picture_is_hashed_again(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(leakage, "load_image", lambda item: read.append(item) or load_image(item))
+    for i in range(5):
+        scene(i).save(tmp_path / f"{i}.png")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    files = [str(tmp_path / f"{name}.png") for name in (*range(5), "broken")]
+    data = (tmp_path / "3.png").read_bytes()  # as from a source that holds its pictures itself
+    pictures, kept = [*(lambda file=file: file for file in files), lambda: data], tmp_path / "kept" / "h.jsonl"
+
+    def again(*expected):
+        read.clear()
+        found = leakage.hashes(pictures, "pictures", kept)
+        assert sorted(map(str, read)) == sorted(map(str, (*expected, files[5])))  # the broken one each time
+        return found
+
+    first = again(*files[:5], data)
+    assert first == leakage.hashes(pictures, "pictures") and first[5] is None and first[6] == first[3] == both(scene(3))
+    assert again() == first
+    stat = (tmp_path / "2.png").stat()
+    scene(77).save(tmp_path / "2.png")
+    changed = again(files[2])
+    assert changed[2] == both(scene(77)) and changed[:2] + changed[3:] == first[:2] + first[3:]
+    (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes() + b" " * 9)  # only its size is another
+    os.utime(tmp_path / "2.png", ns=(stat.st_mtime_ns, stat.st_mtime_ns))
+    assert again(files[2]) == changed and again() == changed
+    lines = kept.read_bytes().splitlines(keepends=True)
+    kept.write_bytes(b"".join(lines[1:])[:-9])  # the first gone, the last torn: that of 2.png
+    assert again(files[0], files[2]) == changed
+    kept.write_bytes(b'["x", 1\n7\n' + kept.read_bytes())  # of two that wrote at once
+    assert again() == changed
+    assert leakage.kept_file("a", "b") != leakage.kept_file("a", "c") == leakage.kept_file("a", "c")

@@ -14,17 +14,18 @@ from jaxvlm.data.assets import toy
 from jaxvlm.data.image import image_size, load_image
 from jaxvlm.evals import runner
 from jaxvlm.evals.question_file import EvalError
+from jaxvlm.infer.answers import RequestError
 
 
 class Fake:
     """Answers by `see(request)`, two at a time and in its own order; dies after `life` answers."""
 
-    prompt = PromptConfig()
+    prompt, exact = PromptConfig(), False
 
     def __init__(self, see, life=10**9, fingerprint="model-1"):
         self.see, self.life, self.fingerprint, self.asked = see, life, fingerprint, []
 
-    def generate_batches(self, requests, *, max_new_tokens, batch_size):
+    def generate_batches(self, requests, **sampling):
         order = list(range(len(requests)))[::-1]
         for start in range(0, len(order), 2):
             if len(self.asked) >= self.life:
@@ -74,7 +75,7 @@ def test_an_oracle_is_right_and_blind_it_is_not(oracle, config, data, tmp_path):
     assert scores["left"]["gain"] == pytest.approx(1 - scores["left"]["blind"])
     blind = [request for request in engine.asked if not request["images"]]
     assert len(blind) == 2 and not any("<image>" in request["messages"][0]["content"] for request in blind)
-    answered = [json.loads(line) for line in (tmp_path / "answers-noimage.jsonl").read_text().splitlines()][1:]
+    answered = [json.loads(line) for line in (tmp_path / "answers-noimage.jsonl").read_text().splitlines()]
     assert sorted(a["question_id"] for a in answered) == sorted(r["question_id"] for r in records)  # asked once each
     assert results["info"]["majority"] == "training answers" and results["info"]["questions_per_second"] > 0
 
@@ -126,9 +127,9 @@ def test_a_larger_subset_asks_only_what_is_new(oracle, config, tmp_path):
 
 def test_answers_of_another_model_or_prompt_are_refused(oracle, config, tmp_path):
     run(Fake(oracle), config, tmp_path)
-    with pytest.raises(EvalError, match="another model .*'model-1', now 'model-2'"):
+    with pytest.raises(RequestError, match="with another model .*'model-1', now 'model-2'"):
         run(Fake(oracle, fingerprint="model-2"), config, tmp_path)
-    with pytest.raises(EvalError, match="another format"):
+    with pytest.raises(RequestError, match=r"another prompt to .* or phrase.', now 'What colour is the \w+ half\?'"):
         run(Fake(oracle), dataclasses.replace(config, task="open"), tmp_path)
     engine = Fake(oracle, fingerprint="model-2")
     run(engine, config, tmp_path, overwrite=True)

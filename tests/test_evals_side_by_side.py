@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 
 from jaxvlm.config import PromptConfig
-from jaxvlm.evals.side_by_side import chance
 from jaxvlm.infer import engine
 from jaxvlm.main import main
 
@@ -77,6 +76,7 @@ def test_the_page_of_two_runs(pope, tmp_path, monkeypatch, capsys):
         "| pope, llava15: f1 | seeing | 8 | 100.0 | 100.0 to 100.0 | 0.0 (noimage) | 100.0 | 50.0"
     )
     assert table[3].startswith("| pope, llava15: f1 | <blind> | 8 | 66.7 | – | – | – | 50.0 | 85.9 / 85.9")
+    assert page.count(" questions/s, 8 in 0:00") == 2 and page.count("0 of 8 texts differ (0.0 to 32.4 %)") == 2
     odd = {str(i): {"wrong", "disagree", "blind-right"} for i in (1, 3, 5, 7)}  # without a picture the first says no
     assert cards(page) == odd | {str(i): set() for i in (0, 2, 4, 6)}
     assert "<script" not in page and "<blind>" not in page and page.count("data:image/jpeg") == 8
@@ -107,13 +107,6 @@ def test_boxes_are_drawn_where_they_are(tmp_path, monkeypatch):
     red, green, blue = image.getpixel((301, 60))
     assert green > 120 > red
     assert min(image.getpixel((200 + 50, 150))) > 200 and min(image.getpixel((150, 75))) > 200
-
-
-def test_chance_is_of_these_questions():
-    labels = [{"category": "random", "label": label} for label in ("yes", "no", "no", "no")]
-    assert chance("pope", "f1", labels) == pytest.approx(100 * 2 * 0.25 * 0.5 / 0.75)
-    assert chance("ai2d", "accuracy", [{"choices": ["a", "b"]}, {"choices": list("abcd")}]) == 37.5
-    assert chance("gqa", "accuracy", [{"answer": "red"}]) is None
 
 
 def test_what_cannot_be_shown(tmp_path, capsys):

@@ -109,9 +109,15 @@ def test_hallucination(tmp_path, capsys):
     assert code == 0 and "specificity 50.00, yes_ratio 50.00" in shown and "chair_i 25.00" in shown
     for wrong, message in (
         ((), "Nothing to read"),
-        (("--answers", "x.jsonl"), "give a name and a file"),
+        (("--answers", "x.jsonl"), "--answers x.jsonl: give a name and a path"),
+        (("--answers", "a=x.jsonl", "--answers", "a=y.jsonl"), "--answers: two are called 'a'"),
         ((f"--result=m={tmp_path / 'gqa.json'}",), "hallucination is read from pope, chair"),
+        ((f"--result=m={tmp_path / 'answers.json'}",), "answers.json is no result: `jaxvlm eval score --out`"),
+        (("--result=m=gone.json",), "gone.json is not a file"),
+        ((files[0], files[0]), "mine has two results of pope official"),
     ):
-        (tmp_path / "gqa.json").write_text(json.dumps({"task": "gqa"}))
+        gqa = {"task": "gqa", "protocol": "official", "aggregate": {}, "per_sample": []}
+        (tmp_path / "gqa.json").write_text(json.dumps(gqa))
+        (tmp_path / "answers.json").write_text(json.dumps([{"id": 1, "text": "a"}]))
         code, _, error = run(capsys, "wording", *wrong)
         assert code == 1 and message in error

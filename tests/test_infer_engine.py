@@ -193,7 +193,7 @@ def test_evaluation_with_the_real_engine(engine, world, tmp_path):
     results = runner.run(engine, config, workdir=tmp_path, log=lambda text: None)
     assert results["scores"]["all"]["n"] == 12
     lines = [json.loads(line) for line in (tmp_path / "answers-sighted.jsonl").read_text().splitlines()]
-    assert lines[0]["key"]["model"] == engine.fingerprint and len(lines) == 13
+    assert {line["metadata"]["model"] for line in lines} == {engine.fingerprint} and len(lines) == 12
 
 
 def test_an_exported_model_is_the_same_model(engine, requests, tmp_path):
@@ -384,6 +384,9 @@ def test_a_benchmark_from_questions_to_score(engine, world, tmp_path, capsys):
     assert "sighted: pope, llava15: f1" in shown and "What seeing is worth:" in shown and "3 already answered" in shown
     blind = json.loads((tmp_path / "all" / "gray-result.json").read_text())
     assert blind["blind"] == "gray" and blind["prompts_as_asked"] == "3 of 3"
+    assert blind["exact_check"]["asked"] == 3 and "in exact mode   0 of 3 texts differ" in shown
+    assert blind["speed"]["answered"] == 3 and blind["speed"]["seconds"] > 0 and " questions/s, " in shown
+    assert blind["settings"]["backend"] == "cpu" and blind["settings"]["jax"] == jax.__version__
     assert verb("benchmark", "llava15", *images, *more[:2], *more[4:], "--limit", "2") == 0
     assert "questions       2," in capsys.readouterr().out
     assert verb("benchmark", "official", *images, *more, "--limit", "2") == 1

@@ -97,7 +97,7 @@ def test_generate_verb(finished, tmp_path, capsys):
 def test_eval_verb_goes_on_with_the_answers(finished, capsys):
     assert main(["eval", "--run", str(finished), "--limit", "left=30", "--blind", "none"]) == 0
     out = capsys.readouterr().out
-    assert "24 answers found" in out
+    assert "eval sighted: 30 questions, 24 already answered in" in out
     assert json.loads((finished / "eval" / "scores.json").read_text())["scores"]["left"]["n"] == 30
 
 

@@ -1,12 +1,16 @@
-"""What needs no model: the majority answer and chance of a question file, to set beside a score."""
+"""What needs no model: the majority answer and chance, of a question file or of a benchmark, to set beside a score."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from jaxvlm.evals import tasks
+from jaxvlm.evals.aggregates import COGNITION, PERCEPTION, Row, by, mean
 from jaxvlm.evals.question_file import Question, plain_question
+from jaxvlm.evals.scorers import Record
 from jaxvlm.evals.scorers.text import normalise
 
 
@@ -59,3 +63,49 @@ def chance(questions: Sequence[Question]) -> dict[str, float]:
     for question in questions:
         answers.setdefault(question.category, set()).add(normalise(question.answer))
     return {category: 1 / len(values) for category, values in answers.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------ benchmarks
+
+YES_NO = ("pope", "mme", "vsr")
+SUMS = {"perception": PERCEPTION, "cognition": COGNITION, "total": (*PERCEPTION, *COGNITION)}  # MME's
+
+
+def guessed(task: str, protocol: str, references: Sequence[Record]) -> float | None:
+    """What a benchmark's headline number is expected to be if every answer is a uniform guess, each by itself.
+
+    A guess among k options is right with 1/k. Means, whatever of, are those of 1/k. The chance that all of a group are
+    right is the product of 1/k over its questions:
+    - MME: a task has 100 x the mean of 1/2 + 100 x the mean over images of 1/2 x 1/2, so 75 points; the headline is their
+      sum over the tasks that are there, 750 for perception.
+    - MMBench: 100 x the mean over circles of the product over passes of 1/k, so k^-k for k options (25 for two, 0.39 for
+      four). MMVP: 25.
+    - POPE's F1 of a split with a share p of yes: precision p and recall 1/2, so 100 x 2p(1/2) / (p + 1/2), as for
+      many questions; of several splits the mean.
+
+    `references` are complete (`readers.completed`). None where answers are not chosen among options.
+    """
+    about, how = tasks.find(task, protocol)
+    shares = [0.5 if task in YES_NO else 1 / len(one["choices"]) if one.get("choices") else None for one in references]
+    if not shares or None in shares:
+        return None
+    rows = [
+        Row(one["id"], one["group"], None, {"accuracy": share}, True, one)
+        for one, share in zip(references, shares, strict=True)
+    ]
+    if task == "mme":
+        parts = by(rows, lambda row: row.reference["category"])
+        return sum(mean(part) + _all_right(part) for name, part in parts.items() if name in SUMS[how.headline])
+    if how.headline in ("circular", "pair_accuracy"):
+        return _all_right(rows)
+    if how.headline == "f1":
+        splits = by(rows, lambda row: row.reference["category"]).values()
+        yes = [sum(row.reference["label"] == "yes" for row in part) / len(part) for part in splits]
+        return sum(100 * share / (share + 0.5) for share in yes) / len(yes)
+    return (how.aggregate or about.aggregate)(rows).get(how.headline)
+
+
+def _all_right(rows: Sequence[Row]) -> float:
+    """Per cent of groups of which every question is expected to be right."""
+    groups = by(rows, lambda row: row.group).values()
+    return 100 * sum(math.prod(row.values["accuracy"] for row in part) for part in groups) / len(groups)

@@ -7,6 +7,8 @@ seen is not a question that was seen: the answer to it may still be new.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -18,17 +20,21 @@ from PIL import Image
 
 from jaxvlm.config import SourceConfig
 from jaxvlm.data import DataError
+from jaxvlm.data.assets import cache_dir
 from jaxvlm.data.image import load_image
 from jaxvlm.data.sources import open_source
 from jaxvlm.evals.aggregates import Row
 from jaxvlm.evals.compare import aggregate_of, row_intervals, rows_of
 from jaxvlm.evals.question_file import EvalError
 from jaxvlm.evals.scorers import Record
+from jaxvlm.infer.answers import append_records, cut_torn_line
 from jaxvlm.progress import Progress
 
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 DISTANCE = 4  # of 64 bits of the difference hash
 BLOCK = 1 << 22  # pairs compared at once
+CHUNK = 256  # pictures hashed before they are written down
+VERSION = 1  # of the hashes: another one when they or the reading of pictures change
 FAR = np.uint8(255)  # more bits than two hashes have
 
 
@@ -61,21 +67,61 @@ def _number(bits: np.ndarray) -> int:
     return int(np.packbits(bits).view(">u8")[0])
 
 
-def hashes(pictures: Sequence[Callable[[], str | bytes]], label: str) -> list[tuple[int, int] | None]:
-    """Both hashes of each picture, which its function gives as a path or a file's bytes; None for an unreadable one."""
+def hashes(
+    pictures: Sequence[Callable[[], str | bytes]], label: str, kept: Path | None = None
+) -> list[tuple[int, int] | None]:
+    """Both hashes of each picture, which its function gives as a path or a file's bytes; None for an unreadable one.
 
-    def both(picture: Callable[[], str | bytes]) -> tuple[int, int] | None:
+    What `kept` (`kept_file`) holds of a file of this path, size and time of change, or of these bytes, is not computed again;
+    what is computed is appended to it, so that an interrupted call goes on. Unreadable ones are tried again each time.
+    """
+    known = _known(kept) if kept else {}
+
+    def both(picture: Callable[[], str | bytes]) -> tuple[tuple, tuple[int, int] | None]:
+        item = picture()
+        if isinstance(item, bytes):
+            key: tuple = (hashlib.sha256(item).hexdigest(), len(item), 0)
+        else:
+            path = Path(item)
+            stat = path.stat() if path.is_file() else None
+            key = (str(path.absolute()), stat.st_size, stat.st_mtime_ns) if stat else (item, 0, 0)
+        if key in known:
+            return key, known[key]
         try:
-            image = load_image(picture())
+            image = load_image(item)
         except DataError:
-            return None
-        return difference_hash(image), cosine_hash(image)
+            return key, None
+        return key, (difference_hash(image), cosine_hash(image))
 
+    found = []
     with ThreadPoolExecutor(8) as pool, Progress("hash", len(pictures), label) as progress:
-        found = []
-        for pair in pool.map(both, pictures):
-            found.append(pair)
-            progress.add()
+        for start in range(0, len(pictures), CHUNK):
+            made = list(pool.map(both, pictures[start : start + CHUNK]))
+            if kept and (new := {key: pair for key, pair in made if pair and key not in known}):
+                append_records(kept, ([*key, pair] for key, pair in new.items()))
+            found += [pair for _, pair in made]
+            progress.add(len(made))
+    return found
+
+
+def kept_file(*place: str) -> Path:
+    """Where the hashes of the pictures of a place (a folder, or a source and its folder) are kept between calls."""
+    name = hashlib.sha256(json.dumps([VERSION, *(str(Path(part).absolute()) for part in place)]).encode()).hexdigest()
+    return cache_dir() / "hashes" / f"{name[:16]}.jsonl"
+
+
+def _known(kept: Path) -> dict[tuple, tuple[int, int]]:
+    """Hashes by (path, size, time of change) or (digest, size, 0)."""
+    found: dict[tuple, tuple[int, int]] = {}
+    if not kept.is_file():
+        return found
+    cut_torn_line(kept)
+    for line in kept.read_bytes().splitlines():
+        try:
+            path, size, changed, pair = json.loads(line)
+        except (ValueError, TypeError):
+            continue  # two processes wrote at once: that picture is hashed again
+        found[path, size, changed] = tuple(pair)
     return found
 
 

@@ -69,6 +69,7 @@ def _results(report: dict) -> str:
         f"Blind: the same model when {blind}." if blind else "",
         f"Majority: the most frequent answer to the same question, counted in the {escape(info.get('majority', ''))}.",
         "Chance: a uniform guess among the category's answers.",
+        f"Answered: {info['questions_per_second']:.1f} questions a second." if info.get("questions_per_second") else "",
     ]
     charts = "\n".join(_category(name, entry) for name, entry in report["eval"].items())
     return (

@@ -60,7 +60,7 @@ def read_questions(path: str | Path, images: str | Path = "") -> list[Question]:
     if not path.is_file():
         raise EvalError(f"The question file {path} does not exist (eval.path).")
     questions, seen = [], set()
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):  # splitlines() splits at U+2028
         if not line.strip():
             continue
         question = _parse(line, f"{path}:{number}", Path(images))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from jaxvlm.evals import baselines, question_file, statistics
 from jaxvlm.evals.blind import picture_of
 from jaxvlm.evals.question_file import EvalError, Question
 from jaxvlm.evals.scorers.text import exact_match
-from jaxvlm.infer.answers import Progress, append_records, read_records
+from jaxvlm.infer.answers import answer_requests, merged, parts, speed
 from jaxvlm.infer.engine import Engine
 
 
@@ -33,24 +32,24 @@ def run(
     intervals (bootstrap over images). `training` holds (question, answer) pairs for the majority baseline
     (`question_file.read_training_answers`); without it the test answers serve and `info` says so.
     Answers go to `workdir/answers-{mode}.jsonl` as they come; a second call answers only what is missing. Raises
-    `EvalError` if such a file was written by another model or prompt, unless `overwrite`.
+    `RequestError` if such a file was written by another model or prompt, unless `overwrite`.
     """
     everything = question_file.read_questions(config.path, config.images)
     if any(question.category == "all" for question in everything):
         raise EvalError(f"{config.path}: 'all' cannot be a category, it is the name of the total.")
     questions = question_file.subset(everything, config.limits, seed)
     log(f"Evaluating {len(questions)} of {len(everything)} questions of {config.path}.")
-    common = (engine, config, questions, Path(workdir), seed, overwrite, log)
     # Images are exchanged within the whole file, so that a question's wrong image is the same in every subset and a larger
     # subset can go on with a smaller one's answers.
     pictures = [question.image for question in everything if question.image]
     shown = picture_of(config.blind, pictures, seed, Path(), Path(workdir))
-    sighted = _answers("sighted", lambda question: question.image, *common)
-    blind = _answers(config.blind, lambda question: shown(question.image), *common) if config.blind else None
+    common = (engine, config, questions, Path(workdir), overwrite, log)
+    sighted, took = _answers("sighted", [question.image for question in questions], *common)
+    blind = _answers(config.blind, [shown(question.image) for question in questions], *common) if config.blind else None
     majority = baselines.fit_majority(questions, training)
     return {
-        "scores": score(questions, sighted["texts"], blind and blind["texts"], majority, seed=seed),
-        "samples": draw_samples(questions, sighted["texts"], config.samples, seed),
+        "scores": score(questions, sighted, blind and blind[0], majority, seed=seed),
+        "samples": draw_samples(questions, sighted, config.samples, seed),
         "info": {
             "task": config.task,
             "questions": config.path,
@@ -59,95 +58,33 @@ def run(
             "majority": "training answers" if training is not None else "test answers (an upper bound)",
             "seed": seed,
             "interval": "95 % bootstrap percentile, resampling images",
-            "seconds": sighted["seconds"] + (blind["seconds"] if blind else 0.0),
-            "questions_per_second": sighted["rate"],
+            "seconds": took["seconds"] + (blind[1]["seconds"] if blind else 0.0),
+            "questions_per_second": took["per_second"],
         },
     }
 
 
 def _answers(
     mode: str,
-    image_of: Callable[[Question], str | None],
+    images: Sequence[str | None],
     engine: Engine,
     config: EvalConfig,
     questions: Sequence[Question],
     workdir: Path,
-    seed: int,
     overwrite: bool,
     log: Callable[[str], None],
-) -> dict:
-    """Answers in the order of `questions`: those in the mode's file, and the missing ones generated and appended."""
+) -> tuple[list[str], dict]:
+    """Answers in the order of `questions`, each about its one of `images`, and their `speed`."""
     path = workdir / f"answers-{mode}.jsonl"
     if overwrite:
-        path.unlink(missing_ok=True)
+        for file in parts(path):
+            file.unlink()
     suffix = question_file.response_format(config.task)
-    key = answer_key(engine, config, suffix, mode, seed)
-    done = _resume(path, key)
-    todo = [question for question in questions if question.id not in done]
-    alike: dict[tuple, list[Question]] = {}  # a greedy answer is the same for the same prompt: many are, without images
-    for question in todo:
-        alike.setdefault((question.text, image_of(question)), []).append(question)
-    groups = list(alike.values())
-    requests = [question_file.request(group[0], suffix, image_of(group[0])) for group in groups]
-    progress = Progress(f"eval {mode}", len(todo), log)
-    if len(todo) < len(questions):
-        log(f"eval {mode}: {len(questions) - len(todo)} answers found in {path}.")
-    batches = engine.generate_batches(
-        requests, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size or None
-    )
-    for batch in batches:
-        records = [
-            {
-                "question_id": question.id,
-                "prompt": requests[index]["messages"][0]["content"],
-                "text": text,
-                "answer": question.answer,
-                "category": question.category,
-                "image": requests[index]["images"][0] if requests[index]["images"] else None,
-            }
-            for index, text in batch
-            for question in groups[index]
-        ]
-        append_records(path, records)
-        done |= {record["question_id"]: record["text"] for record in records}
-        progress.add(len(records))
-    seconds = progress.seconds
-    rate = len(todo) / seconds if todo else None
-    return {"texts": [done[question.id] for question in questions], "seconds": seconds, "rate": rate}
-
-
-def answer_key(engine: Engine, config: EvalConfig, suffix: str, mode: str, seed: int) -> dict:
-    """What an answer depends on. The limits are not part of it: greedy answers do not depend on the other questions."""
-    key = {
-        "model": engine.fingerprint,
-        "template": engine.prompt.template,
-        "transform": engine.prompt.transform,
-        "layout": engine.prompt.layout,
-        "format": suffix,
-        "max_new_tokens": config.max_new_tokens,
-        "questions": hashlib.sha256(Path(config.path).read_bytes()).hexdigest()[:16],
-        "mode": mode,
-    }
-    prompt = engine.prompt
-    if prompt.grids or prompt.max_tiles or not prompt.tile_several:
-        key["tiles"] = repr((prompt.grids, prompt.max_tiles, prompt.tile_several))
-    return key | {"seed": seed} if mode == "shuffle" else key
-
-
-def _resume(path: Path, key: dict) -> dict[str, str]:
-    """Answers by question id from `path`; starts the file with its key if there is none."""
-    records = read_records(path)
-    if not records:
-        append_records(path, [{"key": key}])
-        return {}
-    found = records[0].get("key", {})
-    for name in key.keys() | found.keys():
-        if found.get(name) != key.get(name):
-            raise EvalError(
-                f"{path} holds answers with another {name} ({found.get(name)!r}, now {key.get(name)!r}), and mixing "
-                "them would give a meaningless score. Delete the file to start over, or evaluate into another folder."
-            )
-    return {record["question_id"]: record["text"] for record in records[1:]}
+    asked = [question_file.request(question, suffix, image) for question, image in zip(questions, images, strict=True)]
+    options = {"max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size or None}
+    answer_requests(engine, asked, path, **options, label=f"eval {mode}", log=log)
+    found = merged(path, [question.id for question in questions])
+    return [answer["text"] for answer in found], speed(found)
 
 
 def score(

@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 from PIL import Image, ImageDraw, ImageOps
 
 from jaxvlm import html
+from jaxvlm.evals.baselines import guessed
+from jaxvlm.evals.exactness import check_in_words
 from jaxvlm.evals.question_file import EvalError
 from jaxvlm.evals.readers import read_json
 from jaxvlm.evals.scorers.boxes import OCID_SIZE, from_pixels, unpad
-from jaxvlm.infer.answers import parts, read_records
+from jaxvlm.infer.answers import merged, read_records, speed_in_words
 
 # LLaVA-1.5-7B and 13B (Liu et al. 2023, tables 3 and 4), under the paper's own protocol.
 PUBLISHED = {
@@ -54,7 +56,7 @@ def read_run(text: str) -> Run:
         raise EvalError(f"{folder} holds no sighted-result.json: name a folder of `jaxvlm eval benchmark --out`.")
     blind = [path for path in sorted(folder.glob("*-result.json")) if path.name != "sighted-result.json"]
     result = read_json(folder / "sighted-result.json")
-    answers = [record for path in parts(folder / "sighted-answers.jsonl") for record in read_records(path, mend=False)]
+    answers = merged(folder / "sighted-answers.jsonl", [one["id"] for one in result["per_sample"]])
     return Run(
         name or folder.name,
         result,
@@ -101,27 +103,6 @@ def write(runs: Sequence[Run], out: str | Path, *, samples: int = 60, seed: int 
     return page
 
 
-def chance(task: str, headline: str, references: Sequence[Mapping]) -> float | None:
-    """The headline number of uniform guesses, from the questions themselves; None where that has no simple form."""
-    if task == "mmvp":
-        return 25.0
-    if task == "pope" and headline == "f1":
-        splits: dict[str, list[bool]] = {}
-        for one in references:
-            splits.setdefault(str(one.get("category")), []).append(one["label"] == "yes")
-        shares = [sum(labels) / len(labels) for labels in splits.values()]
-        return sum(100 * share / (share + 0.5) for share in shares) / len(shares)
-    if headline != "accuracy":
-        return None
-    if task in ("pope", "vsr"):
-        return 50.0
-    if task == "tallyqa":
-        return 100 / 16
-    if references and all(isinstance(one.get("choices"), list) and one["choices"] for one in references):
-        return sum(100 / len(one["choices"]) for one in references) / len(references)
-    return None
-
-
 def _benchmark(run: Run) -> tuple[str, str]:
     return run.sighted["task"], run.sighted["protocol"]
 
@@ -130,7 +111,7 @@ def _row(run: Run) -> list[str]:
     result, (task, protocol) = run.sighted, _benchmark(run)
     interval = result.get("intervals", {}).get(result["headline"])
     blind = run.blind and run.blind["value"]
-    guess = chance(task, result["headline"], list(run.references.values()))
+    guess = guessed(task, protocol, list(run.references.values()))
     printed = PUBLISHED.get(task) if protocol == "llava15" else None
     return [
         f"{task}, {protocol}: {result['headline']}",
@@ -254,10 +235,10 @@ def _facts(run: Run) -> str:
         "Prompt": result["prompt"],
         "Not understood": result["invalid"],
         "Settings": settings,
+        "Speed": speed_in_words(result.get("speed")),
+        "In the exact mode": check_in_words(result.get("exact_check")),
     }
-    speed = result.get("speed") or {}
-    if speed.get("answered"):
-        facts["Speed"] = f"{speed['answered'] / speed['seconds']:.2f} answers a second"
+    facts = {name: value for name, value in facts.items() if value != ""}
     lines = "".join(f"<div><dt>{name}</dt><dd>{escape(str(value))}</dd></div>" for name, value in facts.items())
     return f"<h3>{escape(run.name)}, {escape(result['task'])}</h3><dl class='facts'>{lines}</dl>"
 

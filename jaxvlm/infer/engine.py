@@ -69,7 +69,7 @@ class Engine:
 
     Attributes: `config` (ModelConfig), `prompt` (PromptConfig), `params`, `tokenizer`, `mesh`. Do not replace `params`
     of an engine in use: its image cache belongs to them. `exact` (False): batches always have `batch_size` rows and a prompt
-    its own padding, so that an answer is computed by the same program whatever is asked beside it.
+    its own padding and places for tiles, so that an answer is computed by the same program whatever is asked beside it.
     """
 
     def __init__(
@@ -181,15 +181,16 @@ class Engine:
 
         Every prompt is made twice, for its length and for its batch: kept, those of VQAv2 would take a gigabyte.
         """
-        widths = [len(self._prompt(request, index).tokens) for index, request in enumerate(requests)]
-        order = sorted(range(len(widths)), key=lambda index: -widths[index])
+        made = (self._prompt(request, index) for index, request in enumerate(requests))
+        sizes = [(len(prompt.tokens), sum(plan.tiles for plan in prompt.plans)) for prompt in made]
         if self.exact:
-            widths = [shapes.bucket(width) for width in widths]
+            sizes = [(shapes.bucket(width), shapes.tile_slots(tiles)) for width, tiles in sizes]
+        order = sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)
         rows, start = self._rows(len(order), size or BATCH_SIZE), 0
         while start < len(order):
             indices = order[start : start + rows]
             if self.exact:
-                indices = [index for index in indices if widths[index] == widths[indices[0]]]
+                indices = [index for index in indices if sizes[index] == sizes[indices[0]]]
             start += len(indices)
             yield indices, [self._prompt(requests[i], i) for i in indices], rows
 
@@ -264,12 +265,13 @@ class Engine:
 
     @property
     def fingerprint(self) -> str:
-        """A digest of the config and of every bit of the parameters: answers of two models cannot be mistaken."""
+        """A digest of the config, the tokenizers and every bit of the parameters: answers of two models cannot be mistaken."""
         if self._fingerprint is None:
             leaves = jax.tree_util.tree_leaves_with_path(self.params)
             sums = zip(leaves, jax.device_get(decoding.bit_sums([leaf for _, leaf in leaves])), strict=True)
             sums = [(jax.tree_util.keystr(path), leaf.shape, *map(int, pair)) for (path, leaf), pair in sums]
-            text = json.dumps([to_dict(self.config), self.prompt.template, sums], sort_keys=True)
+            tokens = [one.fingerprint_text for one in (self.tokenizer, self.instructions) if one]
+            text = json.dumps([to_dict(self.config), self.prompt.template, tokens, sums], sort_keys=True)
             self._fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
         return self._fingerprint
 
@@ -377,7 +379,7 @@ class Engine:
         most = max(sum(plan.tiles for plan in prompt.plans) for prompt in prompts)
         if not most:
             return None
-        slots = 1 << (most - 1).bit_length()  # few shapes: 1, 2, 4, ... tiles a row
+        slots = shapes.tile_slots(most)
         found = self._encode_images(
             [pair for prompt in prompts for pair in zip(prompt.images, prompt.plans, strict=True)]
         )

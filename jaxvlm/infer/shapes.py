@@ -13,6 +13,11 @@ def bucket(length: int) -> int:
     return _round_up(length, 8)
 
 
+def tile_slots(tiles: int) -> int:
+    """Places for a prompt's image tiles: none, or a power of two."""
+    return tiles and 1 << (tiles - 1).bit_length()
+
+
 def capacity(max_new_tokens: int) -> int:
     """Slots for the answer: a power of two from 16, so that a few more tokens do not compile anew."""
     if max_new_tokens < 1:
