@@ -142,7 +142,7 @@ $(KERNELS)/.installed: setup.py
 .PHONY: $(KERNELS)/.tested
 $(KERNELS)/.tested: $(KERNELS)/.installed
 	@echo "Running the tests of the GPU kernels with $$($(KERNELS)/bin/python --version)"
-	@$(KERNELS)/bin/python -m pytest -m mosaic_gpu -n $(WORKERS) tests/test_*_attention.py $(ARGS)
+	@$(KERNELS)/bin/python -m pytest -m mosaic_gpu -n $(WORKERS) tests/test_gpu_attention.py $(ARGS)
 
 # lmms-eval without most of what it depends on (150 packages, for its own models and some metrics): these its command line imports.
 LMMS_NEEDS := torch==2.13.0 accelerate datasets evaluate httpx jsonlines openpyxl loguru peft pytablewriter python-dotenv \

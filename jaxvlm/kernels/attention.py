@@ -192,15 +192,23 @@ def _num_blocks(length: int, keys: int) -> int:
 
 def hopper_supports(q, k) -> str | None:
     """None, or why the Hopper kernels cannot serve arrays of these types and head dimension (the last)."""
+    return _mosaic_supports(q, k, "Hopper", r"\bG?H\d{2,3}\b", 256)
+
+
+def _ampere_supports(q, k) -> str | None:
+    """As `hopper_supports`. Hopper GPUs run these kernels too."""
+    return _mosaic_supports(q, k, "Ampere", r"\b(A|G?H)\d{2,3}\b", 128)
+
+
+def _mosaic_supports(q, k, family: str, kinds: str, widest: int) -> str | None:
     if jax.__version_info__ < (0, 11, 2):
         return f"needs jax 0.11.2, which needs Python 3.12; this is {jax.__version__}"
-    kind = device_kind()
-    if not re.search(r"\bG?H\d{2,3}\b", kind):
-        return f"written for Hopper GPUs, not {kind}"
+    if not re.search(kinds, device_kind()):
+        return f"written for {family} GPUs, not {device_kind()}"
     if {q.dtype, k.dtype} != {jnp.dtype(jnp.bfloat16)}:
         return f"no kernel for {q.dtype}"
-    if q.shape[-1] > 256:
-        return f"head dimension {q.shape[-1]} is above 256"
+    if q.shape[-1] > widest:
+        return f"head dimension {q.shape[-1]} is above {widest}"
     return None
 
 
@@ -210,15 +218,21 @@ def _hopper(*arguments) -> jax.Array:
     return hopper_attention.attention(*arguments)
 
 
+def _ampere(*arguments) -> jax.Array:
+    from jaxvlm.kernels import ampere_attention
+
+    return ampere_attention.attention(*arguments)
+
+
 XLA = Implementation("xla", lambda q, k: None, _xla)
 PALLAS_TPU = Implementation("pallas_tpu", tpu_attention.supports, tpu_attention.attention)
-PALLAS_HOPPER = Implementation(
-    "pallas_hopper", hopper_supports, _hopper, only_by_name="taken only by name until it has been run on a GPU"
-)
+UNTRIED = "taken only by name until it has been run on a GPU"
+PALLAS_HOPPER = Implementation("pallas_hopper", hopper_supports, _hopper, UNTRIED)
+PALLAS_AMPERE = Implementation("pallas_ampere", _ampere_supports, _ampere, UNTRIED)
 
 # In order of preference. A kernel joins by a line in its backend's list.
 IMPLEMENTATIONS: Implementations = {
     "cpu": (XLA,),
-    "gpu": (PALLAS_HOPPER, XLA),
+    "gpu": (PALLAS_HOPPER, PALLAS_AMPERE, XLA),
     "tpu": (PALLAS_TPU, XLA),
 }

@@ -10,14 +10,13 @@ Needs jax 0.11.2 or newer.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from jaxvlm.kernels import intervals
+from jaxvlm.kernels.flash import differentiable
 from jaxvlm.kernels.hopper_backward import key_gradients, query_gradients
 from jaxvlm.kernels.hopper_forward import forward
 from jaxvlm.kernels.hopper_pieces import TILE, Settings
@@ -72,20 +71,8 @@ def decode_attention(q, k, v, layer, k_start, k_end, scale: float, softcap: floa
     return (out * shares[..., None]).sum(axis=1).astype(q.dtype).reshape(q.shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _flash(q, k, v, k_start, k_end, settings: Settings) -> jax.Array:
-    return forward(q, k, v, k_start, k_end, settings)[0]
-
-
-def _flash_forward(q, k, v, k_start, k_end, settings: Settings):
-    # Named, so that a rematerialisation policy can keep them: the kernel is then not run again.
-    out, lse = map(checkpoint_name, forward(q, k, v, k_start, k_end, settings), ("attention_out", "attention_lse"))
-    return out, (q, k, v, out, lse, k_start, k_end)
-
-
-def _flash_backward(settings: Settings, saved, d_out):
-    q, k, v, out, lse, k_start, k_end = saved
-    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1).swapaxes(1, 2)  # [B, H, S]
+def _backward(q, k, v, out, lse, d_out, k_start, k_end, settings: Settings) -> tuple[jax.Array, jax.Array, jax.Array]:
+    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1).swapaxes(1, 2)  # [B, H, S]
     delta = jnp.pad(delta, ((0, 0), (0, 0), (0, lse.shape[2] - delta.shape[2])))
     given = (q, k, v, d_out, lse, delta, k_start, k_end, settings)
     dq = query_gradients(*given)
@@ -93,7 +80,7 @@ def _flash_backward(settings: Settings, saved, d_out):
         dk, dv = key_gradients(*given, wanted=("dk", "dv"))
     else:  # the registers hold the sums of one of them
         (dk,), (dv,) = (key_gradients(*given, wanted=(name,)) for name in ("dk", "dv"))
-    return dq, dk, dv, None, None
+    return dq, dk, dv
 
 
-_flash.defvjp(_flash_forward, _flash_backward)
+_flash = differentiable(forward, _backward)

@@ -118,9 +118,11 @@ def bend(scores: jax.Array, settings: Settings) -> tuple[jax.Array, float]:
     return jnp.tanh(scores * (settings.scale / settings.softcap)), settings.softcap * LOG2E
 
 
-def visible(start: jax.Array, end: jax.Array, first_key, shape: tuple[int, int], key_axis: int) -> jax.Array:
+def visible(
+    start: jax.Array, end: jax.Array, first_key, shape: tuple[int, int], key_axis: int, layout=plgpu.Layout.WGMMA
+) -> jax.Array:
     """bool of `shape`: queries with intervals `start` to `end` along one axis, keys from `first_key` along the other."""
-    key = first_key + plgpu.broadcasted_iota(jnp.int32, shape, key_axis, layout=plgpu.Layout.WGMMA)
+    key = first_key + plgpu.broadcasted_iota(jnp.int32, shape, key_axis, layout=layout)
     return (key >= along(1 - key_axis, start, shape)) & (key < along(1 - key_axis, end, shape))
 
 

@@ -16,12 +16,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxvlm.kernels import intervals
 from jaxvlm.kernels.block_ranges import key_ranges, query_ranges
+from jaxvlm.kernels.flash import differentiable
 
 LANES = 128
 BLOCK = 512  # queries and keys of a block, where there are more
@@ -207,7 +207,9 @@ def _backward_kernel(
         dv[...] = dv_sum[...].astype(dv.dtype)
 
 
-def _backward(q, k, v, d_out, lse, delta, k_start, k_end, settings: Settings) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _gradients(
+    q, k, v, d_out, lse, delta, k_start, k_end, settings: Settings
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """float32 dq [B, H, S, h], and dk and dv [B, H, T, h] of each query head."""
     batch, heads, length, head_dim = q.shape
     keys, group = k.shape[2], heads // k.shape[1]
@@ -246,27 +248,15 @@ def _backward(q, k, v, d_out, lse, delta, k_start, k_end, settings: Settings) ->
     )(*ranges, q, k, v, d_out, lse, delta, k_start, k_end)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _flash(q, k, v, k_start, k_end, settings: Settings) -> jax.Array:
-    return _forward(q, k, v, k_start, k_end, settings)[0]
-
-
-def _flash_forward(q, k, v, k_start, k_end, settings: Settings):
-    # Named, so that a rematerialisation policy can keep them: the kernel is then not run again.
-    out, lse = map(checkpoint_name, _forward(q, k, v, k_start, k_end, settings), ("attention_out", "attention_lse"))
-    return out, (q, k, v, out, lse, k_start, k_end)
-
-
-def _flash_backward(settings: Settings, saved, d_out):
-    q, k, v, out, lse, k_start, k_end = saved
+def _backward(q, k, v, out, lse, d_out, k_start, k_end, settings: Settings) -> tuple[jax.Array, jax.Array, jax.Array]:
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)[:, :, None]  # [B, H, 1, S]
-    dq, *pair = _backward(q, k, v, d_out, lse, delta, k_start, k_end, settings)
+    dq, *pair = _gradients(q, k, v, d_out, lse, delta, k_start, k_end, settings)
     batch, kv_heads, keys, head_dim = k.shape
     dk, dv = (x.reshape(batch, kv_heads, -1, keys, head_dim).sum(axis=2).astype(k.dtype) for x in pair)
-    return dq.astype(q.dtype), dk, dv, None, None
+    return dq.astype(q.dtype), dk, dv
 
 
-_flash.defvjp(_flash_forward, _flash_backward)
+_flash = differentiable(_forward, _backward)
 
 
 def _compiler_params() -> pltpu.CompilerParams:

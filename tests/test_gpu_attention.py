@@ -1,4 +1,4 @@
-"""The Hopper kernels in the interpreter, against the XLA reference; and compiled for an H100, with none at hand.
+"""The GPU kernels in the interpreter, against the XLA reference; and compiled for an H100 and an A100, with none at hand.
 
 They need jax 0.11.2, hence Python 3.12, and the compiler of the CUDA plugin: `make test-kernels`.
 """
@@ -6,7 +6,10 @@ They need jax 0.11.2, hence Python 3.12, and the compiler of the CUDA plugin: `m
 from __future__ import annotations
 
 import functools
+import multiprocessing
+import os
 import re
+from concurrent.futures import ProcessPoolExecutor
 
 import decode_cases
 import jax
@@ -15,6 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.interpreters import mlir
 from jax.sharding import PartitionSpec
 
 from jaxvlm.kernels import attention as kernels
@@ -29,7 +33,9 @@ pytestmark = [
 if jax.__version_info__ >= (0, 11, 2):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    from jaxvlm.kernels import hopper_attention
+    from jaxvlm.kernels import ampere_attention, hopper_attention
+
+    MODULES = {"hopper": hopper_attention, "ampere": ampere_attention}
 
 # queries, keys, key heads, queries' heads for each, head dimension, soft cap: ragged, several tiles and blocks.
 SHAPES = [(200, 200, 1, 2, 64, None), (130, 300, 2, 1, 72, 5.0)]
@@ -37,11 +43,16 @@ SHAPES = [(200, 200, 1, 2, 64, None), (130, 300, 2, 1, 72, 5.0)]
 
 @pytest.fixture
 def interpreted(monkeypatch):
+    from jax._src.pallas.mosaic_gpu import primitives
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
     gpu_callbacks.reset_gpu_interpret_mode_state()
     parameters = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
-    monkeypatch.setattr(hopper_attention, "INTERPRET", parameters)
+    for module in MODULES.values():
+        monkeypatch.setattr(module, "INTERPRET", parameters)
+    # The interpreter knows Hopper's products alone; this is Ampere's.
+    product = mlir.lower_fun(lambda sums, a, b: sums + jnp.dot(a, b, preferred_element_type=jnp.float32), False)
+    mlir.register_lowering(primitives.mma_p, product, platform="cpu")
     yield
     assert not gpu_callbacks.get_races().races_found
 
@@ -79,8 +90,8 @@ def with_gradients(kernel: str, softcap: float | None):
 
     def run(q, k, v, d_out, k_start, k_end):
         def forward(q, k, v):
-            if kernel == "hopper":
-                return hopper_attention.attention(q, k, v, k_start, k_end, q.shape[-1] ** -0.5, softcap)
+            if kernel != "xla":
+                return MODULES[kernel].attention(q, k, v, k_start, k_end, q.shape[-1] ** -0.5, softcap)
             return attention(q, k, v, k_start=k_start, k_end=k_end, softcap=softcap, implementation="xla")
 
         out, pull = jax.vjp(forward, q, k, v)
@@ -89,11 +100,11 @@ def with_gradients(kernel: str, softcap: float | None):
     return jax.jit(run)
 
 
-def compare(shape, inputs, span):
+def compare(kernel, shape, inputs, span):
     """Errors at most twice those of the XLA reference in the same precision; both against float32."""
     truth = with_gradients("xla", shape[5])(*(x.astype(jnp.float32) for x in inputs), *span)
     reference = with_gradients("xla", shape[5])(*inputs, *span)
-    found = with_gradients("hopper", shape[5])(*inputs, *span)
+    found = with_gradients(kernel, shape[5])(*inputs, *span)
     for name, ours, xla, true in zip(("out", "dq", "dk", "dv"), found, reference, truth, strict=True):
         error, allowed = (float(jnp.abs(x.astype(jnp.float32) - true).max()) for x in (ours, xla))
         rounding = float(jnp.abs(true).max()) * 2**-9  # of bfloat16, where the reference is exact by chance
@@ -101,19 +112,20 @@ def compare(shape, inputs, span):
     return found
 
 
-@settings(max_examples=8)
+@settings(max_examples=10)
 @given(
+    st.sampled_from(["hopper", "ampere"]),
     st.sampled_from(SHAPES),
     st.integers(0, 10**6),
     st.sampled_from(["causal", "bidirectional", "window", "image", "any"]),
 )
-def _values_and_gradients(shape, seed, kind):
+def _values_and_gradients(kernel, shape, seed, kind):
     q, k, v, d_out = drawn(seed, shape)
     start, end = packed(seed, *shape[:2], kind)
     empty, seen = start >= end, intervals.seen(start, end, shape[1])
     q = jnp.where(empty[..., None, None], jnp.nan, q)
     k, v = (jnp.where(seen[..., None, None], x, jnp.nan) for x in (k, v))
-    found = compare(shape, (q, k, v, d_out), (start, end))
+    found = compare(kernel, shape, (q, k, v, d_out), (start, end))
     assert not found[0][empty].any() and not found[1][empty].any() and not found[2][~seen].any()
 
 
@@ -123,16 +135,18 @@ def test_values_and_gradients_equal_the_reference(interpreted):
 
 
 @pytest.mark.parametrize(
-    ("shape", "kind"),
+    ("kernel", "shape", "kind"),
     [
-        ((420, 420, 1, 2, 128, None), "long"),
-        ((140, 260, 1, 3, 96, None), "any"),
-        ((200, 200, 1, 1, 256, None), "causal"),
+        ("hopper", (420, 420, 1, 2, 128, None), "long"),
+        ("hopper", (140, 260, 1, 3, 96, None), "any"),
+        ("hopper", (200, 200, 1, 1, 256, None), "causal"),
+        ("ampere", (200, 200, 1, 2, 128, None), "long"),
+        ("ampere", (100, 140, 1, 3, 96, None), "any"),
     ],
     ids=str,
 )
-def test_more_blocks_than_the_ring_holds_and_wide_heads(shape, kind, interpreted):
-    compare(shape, drawn(1, shape), packed(1, *shape[:2], kind))
+def test_more_blocks_than_the_ring_holds_and_wide_heads(kernel, shape, kind, interpreted):
+    compare(kernel, shape, drawn(1, shape), packed(1, *shape[:2], kind))
 
 
 def test_blocks_that_need_no_mask():
@@ -144,10 +158,11 @@ def test_blocks_that_need_no_mask():
     np.testing.assert_array_equal(whole.first, [[0, 0, 1, 0]])
 
 
-def test_the_gradients_are_the_same_every_time(interpreted):
+@pytest.mark.parametrize("kernel", ["hopper", "ampere"])
+def test_the_gradients_are_the_same_every_time(kernel, interpreted):
     shape = SHAPES[0]
     inputs, span = drawn(2, shape), packed(2, *shape[:2], "causal")
-    first, second = (with_gradients("hopper", None)(*inputs, *span) for _ in range(2))
+    first, second = (with_gradients(kernel, None)(*inputs, *span) for _ in range(2))
     for one, other in zip(first, second, strict=True):
         np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
 
@@ -179,18 +194,26 @@ def h100():
     return plan_targets.topology_devices(plan_targets.parse_target("h100-8"))
 
 
+@pytest.fixture(scope="module")
+def elsewhere():
+    """A process of its own: the compiler keeps the architecture that it compiled for first."""
+    pytest.importorskip("jax_cuda13_plugin", reason="the CUDA plugin compiles (make test-kernels)")
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield pool
+
+
 @pytest.fixture
 def dump(monkeypatch, tmp_path):
     monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
     return tmp_path
 
 
-def compiled(sharding, policy, shape):
+def compiled(kernel, sharding, policy, shape):
     length, keys, kv_heads, group, head_dim, softcap = shape
 
     def loss(q, k, v, ids):
         span = intervals.causal(ids) if keys == length else intervals.full(len(q), length, keys)
-        run = jax.checkpoint(lambda *x: hopper_attention.attention(*x, *span, head_dim**-0.5, softcap), policy=policy)
+        run = jax.checkpoint(lambda *x: kernel.attention(*x, *span, head_dim**-0.5, softcap), policy=policy)
         return jnp.square(run(q, k, v).astype(jnp.float32)).sum()
 
     sizes = (2, length, kv_heads * group, head_dim), *2 * [(2, keys, kv_heads, head_dim)]
@@ -200,10 +223,10 @@ def compiled(sharding, policy, shape):
     return traced.lower(lowering_platforms=("cuda",)).compile(compiler_options={"xla_gpu_autotune_level": 0})
 
 
-def spilled(folder) -> dict[str, int]:
+def spilled(folder, architecture="sm_90a") -> dict[str, int]:
     """Bytes of spill stores of each kernel, from the assembler's report."""
     reports = {path.name.rsplit("_", 1)[0]: path.read_text() for path in folder.glob("*.ptxas")}
-    assert all("'sm_90a'" in text for text in reports.values())
+    assert all(f"'{architecture}'" in text for text in reports.values())
     return {name: int(re.search(r"(\d+) bytes spill stores", text)[1]) for name, text in reports.items()}
 
 
@@ -221,10 +244,40 @@ def spilled(folder) -> dict[str, int]:
 )
 def test_the_kernels_compile(shape, h100, dump):
     """Nothing is spilled, but for dq of the widest heads, a few bytes (docs/performance.md)."""
-    compiled(jax.sharding.SingleDeviceSharding(h100[0]), jax.checkpoint_policies.everything_saveable, shape)
+    sharding = jax.sharding.SingleDeviceSharding(h100[0])
+    compiled(hopper_attention, sharding, jax.checkpoint_policies.everything_saveable, shape)
     spills = spilled(dump)
     assert spills.pop("interval_attention") == 0 and spills
     assert max(spills.values()) <= (0 if shape[4] < 256 else 100)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (4096, 4096, 4, 4, 128, None),
+        (577, 577, 16, 1, 64, None),
+        (729, 729, 16, 1, 72, None),
+        (144, 2880, 8, 1, 96, 50.0),
+        (2048, 2048, 8, 4, 80, None),
+    ],
+    ids=str,
+)
+def test_the_kernels_compile_for_ampere(shape, elsewhere, tmp_path):
+    """Nothing is spilled."""
+    spills = elsewhere.submit(compiled_for_ampere, shape, tmp_path).result()
+    assert spills == dict.fromkeys(("interval_attention", "interval_attention_dq", "interval_attention_dk_dv"), 0)
+    assert all("mma.sync.aligned.m16n8k16" in path.read_text() for path in tmp_path.glob("*.ptx"))
+
+
+def compiled_for_ampere(shape, folder) -> dict[str, int]:
+    from jax.experimental.mosaic.gpu import utils
+
+    os.environ["MOSAIC_GPU_DUMP_TO"] = str(folder)
+    utils._infer_arch = lambda: (8, 0)  # with no GPU at hand it takes Hopper
+    (device, *_) = plan_targets.topology_devices(plan_targets.parse_target("a100-8"))
+    everything = jax.checkpoint_policies.everything_saveable
+    compiled(ampere_attention, jax.sharding.SingleDeviceSharding(device), everything, shape)
+    return spilled(folder, "sm_80")
 
 
 @pytest.mark.parametrize("shape", [(32, 8, 4, 4096, 128, None), (1, 32, 1, 1152, 64, None)], ids=str)
@@ -244,7 +297,8 @@ def test_decoding_compiles_and_copies_no_layer(shape, h100, dump):
 def test_a_policy_that_keeps_the_results_runs_each_kernel_once(h100):
     keep = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
     sharding = jax.sharding.SingleDeviceSharding(h100[0])
-    texts = [compiled(sharding, policy, (256, 256, 4, 1, 64, None)).as_text() for policy in (keep, None)]
+    shape = (256, 256, 4, 1, 64, None)
+    texts = [compiled(hopper_attention, sharding, policy, shape).as_text() for policy in (keep, None)]
     assert [text.count('custom_call_target="mosaic_gpu_v2"') for text in texts] == [3, 4]
 
 
