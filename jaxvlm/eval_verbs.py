@@ -19,6 +19,7 @@ from jaxvlm.evals.compare import compare as compare_runs
 from jaxvlm.evals.compare import intervals as intervals_of
 from jaxvlm.evals.exactness import check_in_words, exact_check
 from jaxvlm.evals.scoring import score as score_answers
+from jaxvlm.evals.seeing import seeing, seeing_in_words
 from jaxvlm.infer.answers import answer_requests, merged, read_requests, settings, speed, speed_in_words
 from jaxvlm.study_verbs import clusters, columns, language, leakage, named, read_result, save, span, wording
 
@@ -154,7 +155,7 @@ def benchmark(argv: Sequence[str]) -> int:
     references = draw(references, options.limit, options.seed) if options.limit else references
     from jaxvlm.infer.engine import load
 
-    engine, values = load(options.run, dtype=None), {}
+    engine, results = load(options.run, dtype=None), []
     engine.exact = options.exact
     how_asked = {"max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size}
     how_asked["model_id"] = Path(options.run).name
@@ -175,19 +176,21 @@ def benchmark(argv: Sequence[str]) -> int:
         result = score_answers(options.task, options.protocol, found, references, split=options.split)
         if options.intervals:
             result["intervals"] = intervals_of(result, references, resamples=options.intervals)
-        values[mode] = result["value"]
         result |= {"blind": mode, "settings": settings(found), "speed": speed(found)}
         result["exact_check"] = exact_check(
             engine, requests, found, again, count=options.check, seed=options.seed, **how_asked
         )
+        results.append(result)
+        if mode and None not in (results[0]["value"], result["value"]):
+            result["seeing"] = seeing(*results, references, resamples=options.intervals or RESAMPLES, seed=options.seed)
         save(result | {"images": str(Path(options.images).absolute())}, scored)
         print(f"\n{name}: {_summary(result)}\n")
-    if values:  # for `jaxvlm report`
+    if results:  # for `jaxvlm report`
         complete = readers.completed(references, tasks.find_task(options.task).complete)
         kept = "".join(json.dumps(one, ensure_ascii=False, default=str) + "\n" for one in complete)
         (Path(options.out) / "references.jsonl").write_text(kept, encoding="utf-8")
-    if len(values) > 1:
-        print(f"What seeing is worth: {values[''] - values[options.blind]:.2f} ({options.blind})")
+    if len(results) > 1 and "seeing" in results[1]:
+        print(seeing_in_words(results[1]["seeing"]))
     return 0
 
 

@@ -73,9 +73,9 @@ def test_the_page_of_two_runs(pope, tmp_path, monkeypatch, capsys):
     page = (tmp_path / "out" / "runs.html").read_text(encoding="utf-8")
     table = (tmp_path / "out" / "runs.md").read_text(encoding="utf-8").splitlines()
     assert table[2].startswith(
-        "| pope, llava15: f1 | seeing | 8 | 100.0 | 100.0 to 100.0 | 0.0 (noimage) | 100.0 | 50.0"
+        "| pope, llava15: f1 | seeing | 8 | 100.0 | 100.0 to 100.0 | 50.0 | 0.0 (noimage) | 100.0 (100.0 to 100.0) | – | 85.9"
     )
-    assert table[3].startswith("| pope, llava15: f1 | <blind> | 8 | 66.7 | – | – | – | 50.0 | 85.9 / 85.9")
+    assert table[3].startswith("| pope, llava15: f1 | <blind> | 8 | 66.7 | – | 50.0 | – | – | – | 85.9 / 85.9")
     assert page.count(" questions/s, 8 in 0:00") == 2 and page.count("0 of 8 texts differ (0.0 to 32.4 %)") == 2
     odd = {str(i): {"wrong", "disagree", "blind-right"} for i in (1, 3, 5, 7)}  # without a picture the first says no
     assert cards(page) == odd | {str(i): set() for i in (0, 2, 4, 6)}

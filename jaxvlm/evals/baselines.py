@@ -80,6 +80,7 @@ def guessed(task: str, protocol: str, references: Sequence[Record]) -> float | N
       sum over the tasks that are there, 750 for perception.
     - MMBench: 100 x the mean over circles of the product over passes of 1/k, so k^-k for k options (25 for two, 0.39 for
       four). MMVP: 25.
+    - A question file: 1 / the number of distinct answers of the question's category.
     - POPE's F1 of a split with a share p of yes: precision p and recall 1/2, so 100 x 2p(1/2) / (p + 1/2), as for
       many questions; of several splits the mean.
 
@@ -87,6 +88,10 @@ def guessed(task: str, protocol: str, references: Sequence[Record]) -> float | N
     """
     about, how = tasks.find(task, protocol)
     shares = [0.5 if task in YES_NO else 1 / len(one["choices"]) if one.get("choices") else None for one in references]
+    if task == "questions":
+        answers = by(references, lambda one: one["category"])
+        kinds = {name: len({normalise(str(one["answer"])) for one in part}) for name, part in answers.items()}
+        shares = [1 / kinds[one["category"]] for one in references]
     if not shares or None in shares:
         return None
     rows = [
