@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxvlm.config import ConfigError
+from jaxvlm.data.assets import resolve_assets
 from jaxvlm.evals import answers, judges, readers, submissions, tasks
 from jaxvlm.evals.asking import draw, write_questions
 from jaxvlm.evals.blind import BLIND_MODES
@@ -87,6 +88,7 @@ def questions(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--images",
         default="",
+        type=resolve_assets,
         metavar="FOLDER",
         help="the benchmark's pictures; those inside a .tsv (MMBench) are written there",
     )
@@ -114,7 +116,9 @@ def benchmark(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="jaxvlm eval benchmark", description=benchmark.__doc__)
     _asked(parser)
     parser.add_argument("--run", required=True, metavar="PATH", help="a run's --workdir, or a model in any format")
-    parser.add_argument("--images", required=True, metavar="FOLDER", help="the benchmark's pictures")
+    parser.add_argument(
+        "--images", required=True, type=resolve_assets, metavar="FOLDER", help="the benchmark's pictures"
+    )
     parser.add_argument(
         "--blind", default="none", choices=["none", *BLIND_MODES[1:]], help="what the second run is shown"
     )
@@ -354,7 +358,13 @@ def _intervals(parser: argparse.ArgumentParser) -> None:
 def _asked(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", required=True, help="`jaxvlm eval tasks` lists them")
     parser.add_argument("--protocol", required=True, help="llava15, prismatic, cambrian, official, jaxvlm")
-    parser.add_argument("--references", required=True, metavar="PATH", help="the benchmark's official file or folder")
+    parser.add_argument(
+        "--references",
+        required=True,
+        type=resolve_assets,
+        metavar="PATH",
+        help="the benchmark's official file or folder",
+    )
     parser.add_argument("--split", default="", help="which split, where the files hold several; otherwise only a name")
 
 

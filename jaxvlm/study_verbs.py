@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxvlm.config import ConfigError
+from jaxvlm.data.assets import resolve_assets
 from jaxvlm.evals import answers, cluster_page, readers, tasks
 from jaxvlm.evals import clusters as clustering
 from jaxvlm.evals import language as lm
@@ -58,11 +59,31 @@ def leakage(argv: Sequence[str]) -> int:
     """Which of a benchmark's pictures are in the training data, by perceptual hashes, and results without them."""
     parser = argparse.ArgumentParser(prog="jaxvlm eval leakage", description=leakage.__doc__)
     parser.add_argument("--task", required=True, help="`jaxvlm eval tasks` lists them")
-    parser.add_argument("--references", required=True, metavar="PATH", help="the benchmark's official file or folder")
+    parser.add_argument(
+        "--references",
+        required=True,
+        type=resolve_assets,
+        metavar="PATH",
+        help="its official file or folder",
+    )
     parser.add_argument("--split", default="", help="which split, where the files hold several")
-    parser.add_argument("--images", required=True, metavar="FOLDER", help="the benchmark's pictures")
-    parser.add_argument("--training", required=True, metavar="PATH", help="a training source, or a folder of pictures")
-    parser.add_argument("--training-images", default="", metavar="FOLDER", help="the pictures that the source names")
+    parser.add_argument(
+        "--images", required=True, type=resolve_assets, metavar="FOLDER", help="the benchmark's pictures"
+    )
+    parser.add_argument(
+        "--training",
+        required=True,
+        type=resolve_assets,
+        metavar="PATH",
+        help="a source, or a folder of pictures",
+    )
+    parser.add_argument(
+        "--training-images",
+        default="",
+        type=resolve_assets,
+        metavar="FOLDER",
+        help="the pictures that it names",
+    )
     parser.add_argument(
         "--distance",
         type=int,

@@ -73,14 +73,26 @@ def test_the_page_of_two_runs(pope, tmp_path, monkeypatch, capsys):
     page = (tmp_path / "out" / "runs.html").read_text(encoding="utf-8")
     table = (tmp_path / "out" / "runs.md").read_text(encoding="utf-8").splitlines()
     assert table[2].startswith(
-        "| pope, llava15: f1 | seeing | 8 | 100.0 | 100.0 to 100.0 | 50.0 | 0.0 (noimage) | 100.0 (100.0 to 100.0) | – | 85.9"
+        "| pope, llava15: f1 | seeing | 8 | 100.0 | 100.0 to 100.0 | 50.0 | 0.0 (noimage) | 100.0 (100.0 to 100.0) | 85.9"
     )
-    assert table[3].startswith("| pope, llava15: f1 | <blind> | 8 | 66.7 | – | 50.0 | – | – | – | 85.9 / 85.9")
+    assert table[3].startswith("| pope, llava15: f1 | <blind> | 8 | 66.7 | – | 50.0 | – | – | 85.9 / 85.9")
     assert page.count(" questions/s, 8 in 0:00") == 2 and page.count("0 of 8 texts differ (0.0 to 32.4 %)") == 2
     odd = {str(i): {"wrong", "disagree", "blind-right"} for i in (1, 3, 5, 7)}  # without a picture the first says no
     assert cards(page) == odd | {str(i): set() for i in (0, 2, 4, 6)}
     assert "<script" not in page and "<blind>" not in page and page.count("data:image/jpeg") == 8
     assert not re.search(r'(src|href)="(?!data:)', page) and "http:" not in page and "https:" not in page
+
+
+def test_columns_are_those_that_say_something(pope, tmp_path, monkeypatch):
+    benchmark(monkeypatch, Says("m", lambda request: "Yes"), tmp_path / "a", "pope", "official", *pope)
+    heads = ["| benchmark | run | n | score | chance |", "| benchmark | run | n | score | chance | unseen pictures |"]
+    assert call("report", tmp_path / "a", "--out", tmp_path / "out") == 0
+    assert (tmp_path / "out" / "runs.md").read_text(encoding="utf-8").splitlines()[0] == heads[0]
+    score = {"headline": "f1", "clean": {"n": 6, "value": 61.23, "interval": [50, 70]}}
+    (tmp_path / "a" / "leakage.json").write_text(json.dumps({"task": "pope", "score": score}))
+    assert call("report", tmp_path / "a", "--out", tmp_path / "out") == 0
+    found = (tmp_path / "out" / "runs.md").read_text(encoding="utf-8").splitlines()
+    assert found[0] == heads[1] and found[2].endswith("| 50.0 | 61.2 (n 6) |")
 
 
 def test_boxes_are_drawn_where_they_are(tmp_path, monkeypatch):

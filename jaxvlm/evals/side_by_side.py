@@ -75,6 +75,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, tuple[float, float]]]] = {
         },
     ),
 }
+NOTHING = "–"
 COLOURS = ("#e0492f", "#2f6fe0", "#b04fd0", "#e09a20")  # of the runs' boxes; the truth's is green
 TRUTH = "#16a34a"
 FILTERS = {"all": "all", "wrong": "wrong", "blind-right": "right without seeing", "disagree": "runs disagree"}
@@ -90,6 +91,7 @@ class Run(NamedTuple):
     answers: dict[str, str]
     references: dict[str, dict]
     images: Path
+    leakage: dict[str, Any] | None  # the folder's leakage.json
 
 
 def read_run(text: str) -> Run:
@@ -109,6 +111,7 @@ def read_run(text: str) -> Run:
         {str(record["question_id"]): record["text"] for record in answers},
         {record["id"]: record for record in read_records(folder / "references.jsonl", mend=False)},
         Path(result["images"]),
+        read_json(folder / "leakage.json") if (folder / "leakage.json").is_file() else None,
     )
 
 
@@ -122,14 +125,16 @@ def write(runs: Sequence[Run], out: str | Path, *, samples: int = 60, seed: int 
     benchmarks: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         benchmarks.setdefault(_benchmark(run), []).append(run)
-    heads = ["benchmark", "run", "n", "score", "95 %", "chance", "blind", "seeing is worth", "label", "published"]
-    rows = [_row(run) for group in benchmarks.values() for run in group]
+    table = [_row(run) for group in benchmarks.values() for run in group]
+    heads = [head for head in table[0] if any(row[head] != NOTHING for row in table)]
+    rows = [[row[head] for head in heads] for row in table]
     body = ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
     notes = (
         "Scores are the number that papers print, under the protocol named; they compare only where the protocol is the "
         "same, and the questions too. Chance is computed from these questions. A benchmark is language-centric where seeing is "
         f"worth less than {CENTRIC:.0f} points, and has a language bias where the blind model is {BIAS:.0f} or more above chance; "
-        "with a question mark where the 95 % interval does not tell."
+        "with a question mark where the 95 % interval does not tell. Unseen pictures: the questions about pictures of which "
+        "`jaxvlm eval leakage` has found no copy in training."
     )
     sections = [
         '<header><p class="eyebrow">jaxvlm</p><h1>Runs side by side</h1></header>',
@@ -153,30 +158,32 @@ def _benchmark(run: Run) -> tuple[str, str]:
     return run.sighted["task"], run.sighted["protocol"]
 
 
-def _row(run: Run) -> list[str]:
+def _row(run: Run) -> dict[str, str]:
+    """By column."""
     result, (task, protocol) = run.sighted, _benchmark(run)
-    interval = result.get("intervals", {}).get(result["headline"])
-    blind = run.blind and run.blind["value"]
-    found = (run.blind or {}).get("seeing")
-    low, high = found["gap_interval"] if found else (None, None)
-    guess = guessed(task, protocol, list(run.references.values()))
+    found, clean = (run.blind or {}).get("seeing"), ((run.leakage or {}).get("score") or {}).get("clean")
     models, numbers = PUBLISHED.get(protocol, ("", {}))
-    return [
-        f"{task}, {protocol}: {result['headline']}",
-        run.name,
-        f"{result['n']:,}",
-        _number(result["value"]),
-        f"{interval[0]:.1f} to {interval[1]:.1f}" if interval else "–",
-        _number(guess),
-        f"{_number(blind)} ({run.blind['blind']})" if run.blind else "–",
-        f"{found['gap']:.1f} ({low:.1f} to {high:.1f})" if found else "–",
-        labels_in_words(found["labels"]) if found else "–",
-        f"{' / '.join(map(str, numbers[task]))} ({models})" if task in numbers else "–",
-    ]
+    return {
+        "benchmark": f"{task}, {protocol}: {result['headline']}",
+        "run": run.name,
+        "n": f"{result['n']:,}",
+        "score": _number(result["value"]),
+        "95 %": _span(result.get("intervals", {}).get(result["headline"])),
+        "chance": _number(guessed(task, protocol, list(run.references.values()))),
+        "blind": f"{_number(run.blind['value'])} ({run.blind['blind']})" if run.blind else NOTHING,
+        "seeing is worth": f"{found['gap']:.1f} ({_span(found['gap_interval'])})" if found else NOTHING,
+        "label": labels_in_words(found["labels"]) if found else NOTHING,
+        "unseen pictures": f"{_number(clean['value'])} (n {clean['n']:,})" if clean else NOTHING,
+        "published": f"{' / '.join(map(str, numbers[task]))} ({models})" if task in numbers else NOTHING,
+    }
+
+
+def _span(interval: Sequence[float] | None) -> str:
+    return f"{interval[0]:.1f} to {interval[1]:.1f}" if interval else NOTHING
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f}"
+    return NOTHING if value is None else f"{value:.1f}"
 
 
 # --------------------------------------------------------------------------------------------------------------- samples
