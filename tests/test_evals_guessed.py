@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxvlm.evals import score, tasks
-from jaxvlm.evals.baselines import guessed
+from jaxvlm.evals.baselines import guessed, one_answer
 from jaxvlm.evals.readers import completed
 
 ROUNDS = 300
@@ -38,6 +38,32 @@ CASES = {
     "pope": ("llava15", 1800, few_yes, ("Yes", "No")),
     "vsr": ("jaxvlm", 60, None, ("True", "False")),
 }
+
+
+@pytest.mark.parametrize(
+    ("task", "protocol", "expected"),
+    [
+        ("pope", "llava15", 100 * 2 / 3),  # always yes: precision 1/2, recall 1
+        ("mme", "llava15", 500.0),  # half of the questions of each of ten tasks, of no image both
+        ("questions", "vqa", None),
+        ("scienceqa", "llava15", None),
+        ("vqav2", "llava15", None),
+    ],
+)
+def test_one_answer_is_the_best_constant(task, protocol, expected):
+    references = benchmark(task, 112 if task == "mme" else 120)
+    right = [eval_helpers.right_words(task, protocol, one) for one in references]
+    best = 0.0
+    for text in set(right):
+        answers = [{"id": one["id"], "text": text} for one in references]
+        best = max(best, score(task, protocol, answers, references)["value"] or 0.0)
+    assert one_answer(task, protocol, references) == pytest.approx(best)
+    assert expected is None or best == pytest.approx(expected)
+
+
+def test_one_answer_of_what_is_not_words():
+    assert one_answer("pope", "prismatic", benchmark("pope", 6)) is None
+    assert one_answer("refcoco", "official", benchmark("refcoco", 6)) is None
 
 
 @pytest.mark.parametrize("task", CASES)

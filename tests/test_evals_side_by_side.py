@@ -73,9 +73,9 @@ def test_the_page_of_two_runs(pope, tmp_path, monkeypatch, capsys):
     page = (tmp_path / "out" / "runs.html").read_text(encoding="utf-8")
     table = (tmp_path / "out" / "runs.md").read_text(encoding="utf-8").splitlines()
     assert table[2].startswith(
-        "| pope, llava15: f1 | seeing | 8 | 100.0 | 100.0 to 100.0 | 50.0 | 0.0 (noimage) | 100.0 (100.0 to 100.0) | 85.9"
+        "| pope, llava15: f1 | seeing | 8 | 100.0 | 100.0 to 100.0 | 50.0 | 66.7 | 0.0 (noimage) | 100.0 (100.0 to 100.0) | 85.9"
     )
-    assert table[3].startswith("| pope, llava15: f1 | <blind> | 8 | 66.7 | – | 50.0 | – | – | 85.9 / 85.9")
+    assert table[3].startswith("| pope, llava15: f1 | <blind> | 8 | 66.7 | – | 50.0 | 66.7 | – | – | 85.9 / 85.9")
     assert page.count(" questions/s, 8 in 0:00") == 2 and page.count("0 of 8 texts differ (0.0 to 32.4 %)") == 2
     odd = {str(i): {"wrong", "disagree", "blind-right"} for i in (1, 3, 5, 7)}  # without a picture the first says no
     assert cards(page) == odd | {str(i): set() for i in (0, 2, 4, 6)}
@@ -85,14 +85,17 @@ def test_the_page_of_two_runs(pope, tmp_path, monkeypatch, capsys):
 
 def test_columns_are_those_that_say_something(pope, tmp_path, monkeypatch):
     benchmark(monkeypatch, Says("m", lambda request: "Yes"), tmp_path / "a", "pope", "official", *pope)
-    heads = ["| benchmark | run | n | score | chance |", "| benchmark | run | n | score | chance | unseen pictures |"]
+    heads = [
+        "| benchmark | run | n | score | chance | one answer |",
+        "| benchmark | run | n | score | chance | one answer | unseen pictures |",
+    ]
     assert call("report", tmp_path / "a", "--out", tmp_path / "out") == 0
-    assert (tmp_path / "out" / "runs.md").read_text(encoding="utf-8").splitlines()[0] == heads[0]
+    assert (tmp_path / "out" / "runs.md").read_text(encoding="utf-8").splitlines()[0] == head
     score = {"headline": "f1", "clean": {"n": 6, "value": 61.23, "interval": [50, 70]}}
     (tmp_path / "a" / "leakage.json").write_text(json.dumps({"task": "pope", "score": score}))
     assert call("report", tmp_path / "a", "--out", tmp_path / "out") == 0
     found = (tmp_path / "out" / "runs.md").read_text(encoding="utf-8").splitlines()
-    assert found[0] == heads[1] and found[2].endswith("| 50.0 | 61.2 (n 6) |")
+    assert found[0] == f"{head} unseen pictures |" and found[2].endswith("| 50.0 | 66.7 | 61.2 (n 6) |")
 
 
 def test_boxes_are_drawn_where_they_are(tmp_path, monkeypatch):

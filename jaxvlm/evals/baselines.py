@@ -11,7 +11,9 @@ from jaxvlm.evals import tasks
 from jaxvlm.evals.aggregates import COGNITION, PERCEPTION, Row, by, mean
 from jaxvlm.evals.question_file import Question, plain_question
 from jaxvlm.evals.scorers import Record
+from jaxvlm.evals.scorers.choice import LETTERS
 from jaxvlm.evals.scorers.text import normalise
+from jaxvlm.evals.scoring import score
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ def chance(questions: Sequence[Question]) -> dict[str, float]:
 
 # ------------------------------------------------------------------------------------------------------------ benchmarks
 
+TRIED = 3  # constant answers
 YES_NO = ("pope", "mme", "vsr")
 SUMS = {"perception": PERCEPTION, "cognition": COGNITION, "total": (*PERCEPTION, *COGNITION)}  # MME's
 
@@ -114,3 +117,32 @@ def _all_right(rows: Sequence[Row]) -> float:
     """Per cent of groups of which every question is expected to be right."""
     groups = by(rows, lambda row: row.group).values()
     return 100 * sum(math.prod(row.values["accuracy"] for row in part) for part in groups) / len(groups)
+
+
+def one_answer(task: str, protocol: str, references: Sequence[Record]) -> float | None:
+    """A benchmark's headline number for a model that says the same to every question: the best of the most frequent answers.
+
+    It is told how often they are right, so this is more than a model could know without seeing. None where the protocol does not
+    read words, or no reference says what is right in words.
+    """
+    _, how = tasks.find(task, protocol)
+    said = Counter(filter(None, map(_right_words, references)))
+    if how.takes != "text" or not said:
+        return None
+    values = []
+    for text, _ in said.most_common(TRIED):
+        constant = [{"id": one["id"], "text": text} for one in references]
+        values.append(score(task, protocol, constant, references)["value"])
+    return max((value for value in values if value is not None), default=None)
+
+
+def _right_words(reference: Record) -> str | None:
+    """What a right answer would say; None where it is no text, letter, number or yes and no."""
+    said = reference.get("label", reference.get("answer"))
+    if answers := reference.get("answers"):  # of several people
+        said = Counter(one["answer"] if isinstance(one, dict) else one for one in answers).most_common(1)[0][0]
+    if isinstance(said, int) and reference.get("choices"):
+        return LETTERS[said]
+    if isinstance(said, str):
+        return said.capitalize() if said in ("yes", "no") else said
+    return None if said is None or isinstance(said, list | dict) else str(bool(said) if "label" in reference else said)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from PIL import Image, ImageDraw, ImageOps
 
 from jaxvlm import html
-from jaxvlm.evals.baselines import guessed
+from jaxvlm.evals.baselines import guessed, one_answer
 from jaxvlm.evals.exactness import check_in_words
 from jaxvlm.evals.question_file import EvalError
 from jaxvlm.evals.readers import read_json
@@ -131,10 +131,10 @@ def write(runs: Sequence[Run], out: str | Path, *, samples: int = 60, seed: int 
     body = ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
     notes = (
         "Scores are the number that papers print, under the protocol named; they compare only where the protocol is the "
-        "same, and the questions too. Chance is computed from these questions. A benchmark is language-centric where seeing is "
-        f"worth less than {CENTRIC:.0f} points, and has a language bias where the blind model is {BIAS:.0f} or more above chance; "
-        "with a question mark where the 95 % interval does not tell. Unseen pictures: the questions about pictures of which "
-        "`jaxvlm eval leakage` has found no copy in training."
+        "same, and the questions too. Chance, and what the best single answer to all would have, are of these questions. A "
+        f"benchmark is language-centric where seeing is worth less than {CENTRIC:.0f} points, and has a language bias where the "
+        f"blind model is {BIAS:.0f} or more above chance; with a question mark where the 95 % interval does not tell. Unseen "
+        "pictures: the questions about pictures of which `jaxvlm eval leakage` has found no copy in training."
     )
     sections = [
         '<header><p class="eyebrow">jaxvlm</p><h1>Runs side by side</h1></header>',
@@ -170,6 +170,7 @@ def _row(run: Run) -> dict[str, str]:
         "score": _number(result["value"]),
         "95 %": _span(result.get("intervals", {}).get(result["headline"])),
         "chance": _number(guessed(task, protocol, list(run.references.values()))),
+        "one answer": _number(one_answer(task, protocol, list(run.references.values()))),
         "blind": f"{_number(run.blind['value'])} ({run.blind['blind']})" if run.blind else NOTHING,
         "seeing is worth": f"{found['gap']:.1f} ({_span(found['gap_interval'])})" if found else NOTHING,
         "label": labels_in_words(found["labels"]) if found else NOTHING,
