@@ -14,7 +14,7 @@ from jaxvlm.html import axis_ticks, document, percent, picture, table
 from jaxvlm.progress import duration
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 600, 280, 52, 40, 14, 14  # of a loss curve, in SVG units
-COLOURS = 6  # of the lines of `watched_curve`; more of them repeat
+COLOURS = 6  # of the lines of `watched_curve`; further ones are dashed
 # Events of `train.watch`: where their numbers are, a column's head, and what the numbers are.
 WATCHED = {
     "held_out": (
@@ -24,7 +24,7 @@ WATCHED = {
     ),
     "slim": (
         "scores",
-        "right while training",
+        "questions right",
         lambda event: f"right, of {event['n']:,} questions asked while training",
     ),
 }
@@ -277,7 +277,7 @@ def watched_curve(name: str, kind: str, events: Sequence[dict]) -> str:
 
     drawn, legend = "", ""
     for number, (one, points) in enumerate(lines.items()):
-        colour = "all" if one == "all" else f"line{number % COLOURS}"
+        colour = "all" if one == "all" else f"line{number % COLOURS}" + " again" * (number >= COLOURS)
         places = [(x(step), y(value)) for step, value in points if math.isfinite(value)]
         drawn += f'<path class="{colour}" d="M{"L".join(f"{a:.1f} {b:.1f}" for a, b in places)}"/>' if places else ""
         drawn += "".join(f'<circle class="{colour}" cx="{a:.1f}" cy="{b:.1f}" r="3.5"/>' for a, b in places)
@@ -290,7 +290,7 @@ def watched_curve(name: str, kind: str, events: Sequence[dict]) -> str:
     return (
         f'<figure class="card"><figcaption>{escape(name)} <span class="quiet">{what(events[-1])}</span></figcaption>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">'
-        f"{_grid(ticks, y, percent if kind == 'slim' else '{:g}'.format)}{_steps(0, last, x)}{drawn}</svg>"
+        f"{_grid(ticks, y, ('{:.0%}' if kind == 'slim' else '{:g}').format)}{_steps(0, last, x)}{drawn}</svg>"
         f'<ul class="legend">{legend}</ul></figure>\n'
     )
 
@@ -396,7 +396,8 @@ STYLE = """
 .smooth { stroke: var(--sighted); stroke-width: 2.2; } .end { fill: var(--sighted); }
 .all { --line: var(--ink); } .line0 { --line: #2f7de1; } .line1 { --line: #d1730f; } .line2 { --line: #1d9a5b; }
 .line3 { --line: #b14fc5; } .line4 { --line: #c8423b; } .line5 { --line: #7c8798; }
-svg [class^="line"], svg .all { stroke: var(--line); stroke-width: 2.2; } circle[class^="line"], circle.all { fill: var(--line); }
+svg [class^="line"], svg .all { stroke: var(--line); stroke-width: 2.2; } svg path.again { stroke-dasharray: 5 4; }
+circle[class^="line"], circle.all { fill: var(--line); }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: 2px 18px; margin: 6px 0 0; padding: 0; font-size: 0.875rem; }
 .legend li { overflow-wrap: anywhere; } .legend b { font-variant-numeric: tabular-nums; font-weight: 600; }
 .legend i { display: inline-block; width: 11px; height: 11px; border-radius: 50%; background: var(--line); margin-right: 7px; }
