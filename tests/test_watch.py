@@ -10,20 +10,22 @@ import numpy as np
 import pytest
 import tiny
 from hf_copy import random_params
+from held_out_helpers import loss_by_hand
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxvlm import job
 from jaxvlm.config import CheckpointConfig, ConfigError, MeshConfig, SourceConfig, WatchConfig
-from jaxvlm.data import DataError, conversation
+from jaxvlm.data import DataError
 from jaxvlm.data.assets import toy
 from jaxvlm.data.loader import Loader
 from jaxvlm.data.mixture import choose
 from jaxvlm.evals import question_file, slim
 from jaxvlm.infer import decoding
 from jaxvlm.infer.engine import Engine
-from jaxvlm.models.vlm import VLM
+from jaxvlm.models.vlm import VLM, abstract_params, logical_axes
 from jaxvlm.parallel.mesh import make_mesh
+from jaxvlm.parallel.rules import param_shardings
 from jaxvlm.train.checkpoint import content_hash
 from jaxvlm.train.loop import train_stage
 from jaxvlm.train.metrics import Meter, read_events, read_metrics
@@ -55,7 +57,8 @@ def world(tmp_path_factory):
         steps=5,
         watch=WatchConfig(every_steps=2, questions=(("left", 3), ("right", 2))),
     )
-    return dataclasses.replace(made, stages=(stage,), checkpoint=CheckpointConfig(every_steps=2))
+    asked_once = dataclasses.replace(made.eval, blind="")
+    return dataclasses.replace(made, stages=(stage,), checkpoint=CheckpointConfig(every_steps=2), eval=asked_once)
 
 
 def changed(world, **changes):
@@ -116,6 +119,12 @@ def test_what_is_held_out_is_nested_and_never_trained_on(count, data, fraction, 
         assert sets[small] <= sets[large]
 
 
+def test_several_processes_ask_nothing_and_say_so(world, monkeypatch, capsys):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert job.questions_of(world.stages[0], world, None) is None
+    assert "'instruct': watch.questions are not asked in a job of several processes" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("number, message", [(4, "held_out 4 of the 4 records of x leaves none"), (9, "held_out 9")])
 def test_something_is_left_to_train_on(number, message):
     with pytest.raises(DataError, match=message):
@@ -156,23 +165,11 @@ def test_a_quarantine_list_about_another_source_is_no_error(world, tmp_path):
 
 
 def test_the_loss_is_that_of_each_record_alone(world, whole):
-    """After the last step the run's model, asked record by record in the engine's own way, without packing or a mesh."""
-    params, config, prompt = load_model(whole)[:3]
-    engine = Engine(config, prompt, params)
-    source = world.stages[0].data.sources[0]
-    total = count = 0
-    for number in np.flatnonzero(choose(records(world), source, 0, held_out=True)):
-        one = records(world)[number]
-        roles = {"human": "user", "gpt": "assistant"}
-        *turns, last = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in one["conversations"]]
-        images = [f"{source.images}/{one['image']}"] if one.get("image") else []
-        request = {"messages": turns, "images": images, "answer": last["content"]}
-        ((_, (loss, _)),) = next(engine.answer_losses([request]))
-        supervised = int((conversation.encode(one, engine.tokenizer, prompt.template, prompt.layout).weights > 0).sum())
-        total, count = total + loss * supervised, count + supervised
+    """Of the run's model after its last step, which a mesh of eight devices trained, in rows of several records."""
+    loss, tokens = loss_by_hand(whole, world.stages[0].data.sources[0])
     last = read_events(whole / "metrics.jsonl", "held_out")[-1]
-    assert last["step"] == 5 and last["tokens"] == {"asked": count, "all": count}
-    assert last["loss"]["asked"] == last["loss"]["all"] == pytest.approx(total / count, rel=1e-4)
+    assert last["step"] == 5 and last["tokens"] == {"asked": tokens, "all": tokens}
+    assert last["loss"]["asked"] == last["loss"]["all"] == pytest.approx(loss, rel=1e-4)
 
 
 def test_events_come_every_k_steps_and_at_the_end(whole):
@@ -205,9 +202,11 @@ def test_questions_are_some_of_the_evaluation_and_scored_by_category(world, whol
 
 
 def test_asking_again_compiles_nothing_and_sees_other_parameters(world, whole, monkeypatch):
-    params, texts, generate = load_model(whole)[0], [], Engine.generate
+    mesh = make_mesh(MESH)
+    placed = param_shardings(logical_axes(world.model), abstract_params(world.model), mesh)
+    params, texts, generate = load_model(whole, lambda config: placed)[0], [], Engine.generate
     monkeypatch.setattr(Engine, "generate", lambda *a, **k: texts.append(generate(*a, **k)) or texts[-1])
-    ask = slim.slim_scores(world, world.stages[0].watch, make_mesh(MeshConfig(), jax.devices()[:1]))
+    ask = slim.slim_scores(world, world.stages[0].watch, mesh)
     ask(1, params)
     compiled = [decoding.encode_images, decoding.prefill, decoding.decode]
     before = [function._cache_size() for function in compiled]
@@ -306,11 +305,11 @@ def test_a_stage_that_is_ended_again_and_again_has_each_event_once(world, watche
     monkeypatch.setattr(Meter, "add", ending_add)
     monkeypatch.setattr(Meter, "evaluate", ending_evaluate)
     counts = []
-    for ends in ({"held_out": 2}, {"slim": 2}, {"step": 5}, {"held_out": 5}):  # noqa: B007
+    for ends in ({"slim": 2}, {"step": 5}, {"held_out": 5}):  # noqa: B007
         with pytest.raises(Ended):
             train(world, tmp_path)
         counts.append(len(events(tmp_path)))
-    assert counts == [0, 1, 4, 4]
+    assert counts == [1, 4, 4]
     ends = {}
     assert train(world, tmp_path) == watched[1]
     assert events(tmp_path) == events(watched[0]) and losses(tmp_path) == losses(watched[0])
