@@ -74,12 +74,12 @@ def quickstart():
             dict(
                 name="instruct",
                 trainable=("connector/.*", "llm/.*lora_.*"),
-                data=dict(sources=[source("instruct", held_out=64)], packing=True, tiles_per_row=4, length=256),
+                data=dict(sources=[source("instruct", held_out=24)], packing=True, tiles_per_row=4, length=256),
                 optimizer=dict(learning_rate=1e-3, clip_norm=1.0),
                 batch_size=1,
                 steps=115,
                 cache_features=True,
-                watch=dict(every_steps=29, questions=[("what", 12), ("yesno", 12)]),
+                watch=dict(every_steps=39, questions=[("what", 6), ("yesno", 6)]),
             ),
         ],
         eval=dict(
