@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from hf_copy import random_params
 from held_out_helpers import loss_by_hand
+from hf_copy import random_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

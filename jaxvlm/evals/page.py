@@ -15,7 +15,7 @@ from jaxvlm.progress import duration
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 600, 280, 52, 40, 14, 14  # of a loss curve, in SVG units
 COLOURS = 6  # of the lines of `watched_curve`; further ones are dashed
-# Events of `train.watch`: where their numbers are, a column's head, and what the numbers are.
+# Events of `train.watch`: where their numbers are, and what these are, in short and of an event.
 WATCHED = {
     "held_out": (
         "loss",
@@ -171,15 +171,16 @@ def _picture(path: str | None, question: str) -> str:
 def _training(stages: Sequence[dict], metrics: Sequence[dict], watched: Sequence[dict]) -> str:
     if not stages:
         return ""
-    figures, rows = [], []
-    kinds = [kind for kind in WATCHED if any(event["event"] == kind for event in watched)]
+    figures, rows, watched_rows = [], [], []
     for stage in stages:
         entries = [entry for entry in metrics if entry["stage"] == stage["name"]]
         points = [(entry["step"], entry["loss"]) for entry in entries if math.isfinite(entry["loss"])]
         if points:
             figures.append(loss_curve(stage["name"], points))
-        found = {kind: [e for e in watched if (e["event"], e["stage"]) == (kind, stage["name"])] for kind in kinds}
-        figures += [watched_curve(stage["name"], kind, events) for kind, events in found.items() if events]
+        for kind in WATCHED:
+            if events := [e for e in watched if (e["event"], e["stage"]) == (kind, stage["name"])]:
+                figures.append(watched_curve(stage["name"], kind, events))
+                watched_rows.append(_watched_row(stage["name"], kind, events))
         cells = [f"{stage['steps']:,}", f"{stage['first_loss']:.3f}", f"{stage['final_loss']:.3f}"]
         cells += [
             _middle(entries, "tokens_per_second", 1, ",.0f"),
@@ -189,19 +190,25 @@ def _training(stages: Sequence[dict], metrics: Sequence[dict], watched: Sequence
             _middle(entries, "mfu", 100, ".1f", " %"),
             duration(sum(e.get("seconds") or 0 for e in entries)),
         ]
-        cells += [
-            _shown(kind, events[-1][WATCHED[kind][0]]["all"]) if events else "&ndash;" for kind, events in found.items()
-        ]
         rows.append(
             f'<tr><th scope="row">{escape(stage["name"])}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
         )
     heads = ["Stage", "Steps", "First loss", "Final loss", "Tokens/s", "Images/s", "MFU", "Time in steps"]
-    heads += [WATCHED[kind][1].capitalize() for kind in kinds]
+    watched_heads = ["Stage", "What", "Times", "First", "at step", "Last", "at step"]
+    beside = table("Evaluated while training", watched_heads, watched_rows) if watched_rows else ""
     return (
         '<section aria-labelledby="training">\n<h2 id="training">Training</h2>\n'
         f'<div class="curves">\n{"".join(figures)}</div>\n'
-        f"{table('Training stages; speeds are medians over the steps', heads, rows)}\n</section>"
+        f"{table('Training stages; speeds are medians over the steps', heads, rows)}\n{beside}</section>"
     )
+
+
+def _watched_row(name: str, kind: str, events: Sequence[dict]) -> str:
+    key, title, _ = WATCHED[kind]
+    cells = [title, f"{len(events):,}"]
+    for event in (events[0], events[-1]):
+        cells += [_shown(kind, event[key]["all"]), f"{event['step']:,}"]
+    return f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
 
 
 def _middle(entries: Sequence[dict], key: str, factor: float, form: str, unit: str = "") -> str:
@@ -396,7 +403,7 @@ STYLE = """
 .smooth { stroke: var(--sighted); stroke-width: 2.2; } .end { fill: var(--sighted); }
 .all { --line: var(--ink); } .line0 { --line: #2f7de1; } .line1 { --line: #d1730f; } .line2 { --line: #1d9a5b; }
 .line3 { --line: #b14fc5; } .line4 { --line: #c8423b; } .line5 { --line: #7c8798; }
-svg [class^="line"], svg .all { stroke: var(--line); stroke-width: 2.2; } svg path.again { stroke-dasharray: 5 4; }
+svg [class^="line"], svg .all { stroke: var(--line); stroke-width: 2.2; } svg path.again { stroke-dasharray: 5 4; } .legend .again i { background: none; border: 2px dashed var(--line); }
 circle[class^="line"], circle.all { fill: var(--line); }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: 2px 18px; margin: 6px 0 0; padding: 0; font-size: 0.875rem; }
 .legend li { overflow-wrap: anywhere; } .legend b { font-variant-numeric: tabular-nums; font-weight: 600; }
