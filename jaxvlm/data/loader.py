@@ -46,8 +46,8 @@ class Loader:
     place of 'pixels' uint8 [B, T, H, W, 3]. Where the connector reads the instruction they also carry 'qformer_tokens'
     int32 and 'qformer_mask' bool [B, T, L]. If no record has an image, all of these and 'tile_mask' are left out.
 
-    With `held_out` they are of the records that training never uses (`SourceConfig.held_out`), each once, in rows of the same
-    shape; `steps` and `epochs` do not count then.
+    With `held_out` they are of the records that training never uses (`SourceConfig.held_out`), each once; `steps` and
+    `epochs` do not count then.
 
     Raises `DataError` for records that cannot be used, unless `data.bad_records` is 'skip': they are then listed in the
     file `skipped_path`, one JSON line each with the reason, and images that turn out to be broken later in `broken_path`.

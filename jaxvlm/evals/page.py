@@ -403,9 +403,10 @@ STYLE = """
 .smooth { stroke: var(--sighted); stroke-width: 2.2; } .end { fill: var(--sighted); }
 .all { --line: var(--ink); } .line0 { --line: #2f7de1; } .line1 { --line: #d1730f; } .line2 { --line: #1d9a5b; }
 .line3 { --line: #b14fc5; } .line4 { --line: #c8423b; } .line5 { --line: #7c8798; }
-svg [class^="line"], svg .all { stroke: var(--line); stroke-width: 2.2; } svg path.again { stroke-dasharray: 5 4; } .legend .again i { background: none; border: 2px dashed var(--line); }
+svg [class^="line"], svg .all { stroke: var(--line); stroke-width: 2.2; } svg path.again { stroke-dasharray: 5 4; }
 circle[class^="line"], circle.all { fill: var(--line); }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: 2px 18px; margin: 6px 0 0; padding: 0; font-size: 0.875rem; }
 .legend li { overflow-wrap: anywhere; } .legend b { font-variant-numeric: tabular-nums; font-weight: 600; }
 .legend i { display: inline-block; width: 11px; height: 11px; border-radius: 50%; background: var(--line); margin-right: 7px; }
+.legend .again i { background: none; border: 2px dashed var(--line); }
 """

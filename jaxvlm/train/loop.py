@@ -108,7 +108,8 @@ def train_stage(
 
     def evaluate(kinds: Iterable[str]) -> None:
         for kind in kinds:
-            meter.evaluate(kind, meter.step, functools.partial(watched[kind], state))
+            found = state._replace(trainable=outcome(state, shardings))
+            meter.evaluate(kind, meter.step, functools.partial(watched[kind], found))
             watchdog.beat(meter.step)
 
     with contextlib.closing(watchdog), explain_full_disk(directory), stop.listening():
@@ -129,9 +130,13 @@ def train_stage(
         if any_process(bool(stop.signum)):  # it came too late for a step of this stage, which is saved
             raise Interrupted(stage.name, num_steps, num_steps, stop.signum or signal.SIGTERM)
     result = meter.result() if jax.process_index() == 0 else None
+    return merge(outcome(state, shardings), state.frozen), result
+
+
+def outcome(state: TrainState, shardings: TrainState) -> dict:
+    """The trainable parameters that a stage would end with now: their moving average, where the optimiser keeps one."""
     average = averaged(state.opt_state)
-    trainable = state.trainable if average is None else jax.device_put(average, shardings.trainable)
-    return merge(trainable, state.frozen), result
+    return state.trainable if average is None else jax.device_put(average, shardings.trainable)
 
 
 def state_shardings(state: TrainState, config: ModelConfig, mesh: Mesh, offload: bool = False) -> TrainState:

@@ -16,9 +16,8 @@ from jaxvlm.parallel.rules import put_batch
 from jaxvlm.train.state import TrainState, merge
 from jaxvlm.train.step import make_evaluate
 
-Ask = Callable[
-    [int, dict], dict
-]  # (step, parameters) -> {"scores": {category: accuracy, ..., "all": ...}, "n": questions}
+# (step, parameters) -> {"scores": {category: accuracy, ..., "all": ...}, "n": questions, "seconds": ...}
+Ask = Callable[[int, dict], dict]
 Measures = dict[str, Callable[[TrainState], dict]]  # what a kind of event in metrics.jsonl says of a state
 
 
@@ -34,11 +33,14 @@ def check_watch(config: RunConfig) -> None:
                 f"Stage '{stage.name}' has watch.every_steps = {watch.every_steps} and nothing to evaluate: set `held_out` of a "
                 "source, or watch.questions."
             )
-        if watch.questions and not config.eval.task:
+        if watch.every_steps and watch.questions and not config.eval.task:
             raise ConfigError(
-                f"watch.questions of stage '{stage.name}' are drawn from the run's eval.path: set config.eval."
+                f"watch.questions of stage '{stage.name}' are of the run's evaluation, and eval.task is empty: set "
+                "config.eval, or watch.questions = ()."
             )
         for source in stage.data.sources:
+            if source.held_out and source.name == "all":
+                raise ConfigError(f"A source of stage '{stage.name}' is called 'all', which is the name of the total.")
             before, name = held.setdefault(source.path, (source.held_out, stage.name))
             if before != source.held_out:
                 raise ConfigError(
