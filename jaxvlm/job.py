@@ -113,9 +113,7 @@ def questions_of(stage: StageConfig, config: RunConfig, mesh: Mesh) -> Ask | Non
     """What `stage.watch` asks of the model in training; None where it asks nothing."""
     if not (stage.watch.every_steps and stage.watch.questions):
         return None
-    if (
-        jax.process_count() > 1
-    ):  # an engine is one process's, and parameters that are spread over several not its to read
+    if jax.process_count() > 1:  # an engine cannot read parameters that are spread over processes
         print(f"  Stage '{stage.name}': watch.questions are not asked in a job of several processes.", flush=True)
         return None
     return slim_scores(config, stage.watch, mesh)
