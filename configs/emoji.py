@@ -23,6 +23,7 @@ def get_config(arg=None):
     for stage, file in ((align, "align"), (instruct, "instruct")):
         stage["data"]["sources"] = [dict(name="emoji", path=f"{data}/{file}.json", images=f"{data}/images")]
     align["steps"], instruct["steps"] = 200, 300
+    del instruct["watch"]
     config |= dict(
         name="emoji",
         description="EfficientNet-Lite0 + linear connector + SmolLM2-135M on emoji of five art styles, in two stages.",

@@ -19,8 +19,8 @@ def get_config(arg=None):
 def quickstart():
     data = "asset:easy-vqa"
 
-    def source(file):
-        return dict(name="easy-vqa", path=f"{data}/{file}.json", images=f"{data}/images")
+    def source(file, **settings):
+        return dict(name="easy-vqa", path=f"{data}/{file}.json", images=f"{data}/images", **settings)
 
     return dict(
         name="quickstart",
@@ -74,11 +74,12 @@ def quickstart():
             dict(
                 name="instruct",
                 trainable=("connector/.*", "llm/.*lora_.*"),
-                data=dict(sources=[source("instruct")], packing=True, tiles_per_row=4, length=256),
+                data=dict(sources=[source("instruct", held_out=24)], packing=True, tiles_per_row=4, length=256),
                 optimizer=dict(learning_rate=1e-3, clip_norm=1.0),
                 batch_size=1,
                 steps=115,
                 cache_features=True,
+                watch=dict(every_steps=39, questions=[("what", 6), ("yesno", 6)]),
             ),
         ],
         eval=dict(

@@ -279,6 +279,7 @@ class SourceConfig:
     path: str = ""  # of any kind that `jaxvlm.data.sources.open_source` lists; {a,b}.json or *.json are several as one
     images: str = ""  # folder that the records' image paths are relative to
     fraction: float = 1.0  # a seeded random part of the records (1.0 = all, 2.0 = each twice)
+    held_out: int = 0  # so many of the records are never trained on; a stage's `watch` takes the loss on them
     weight: float | None = None  # share of an epoch's samples, relative to the others'; None: as many as there are
     mix: str = ""  # llava_v1_5_mix665k: tell the sources inside this file apart
     keep: tuple[str, ...] = ()  # the sources inside the mix to use; () is all
@@ -328,6 +329,14 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class WatchConfig:
+    """Evaluation while a stage trains: the loss on what its sources hold out, and some of `eval`'s questions asked."""
+
+    every_steps: int = 0  # and after the stage's last step; 0 = never
+    questions: tuple[tuple[str, int], ...] = ()  # (question type, how many, drawn as `eval.limits` draws); () = none
+
+
+@dataclass(frozen=True)
 class StageConfig:
     """One training stage: which parameters move, on what, and for how long."""
 
@@ -340,6 +349,7 @@ class StageConfig:
     steps: int | None = None
     epochs: float | None = None
     cache_features: bool = False  # run a frozen vision tower once per image and keep its features on disk
+    watch: WatchConfig = field(default_factory=WatchConfig)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import resource
 import shutil
 import subprocess
@@ -33,6 +34,7 @@ from jaxvlm.data.assets import resolve_assets
 from jaxvlm.data.loader import Loader
 from jaxvlm.data.mixture import mixture_table
 from jaxvlm.evals import question_file, report, runner
+from jaxvlm.evals.slim import slim_scores
 from jaxvlm.infer.engine import Engine
 from jaxvlm.models.lora import merge_all, without_lora
 from jaxvlm.models.vlm import abstract_params, logical_axes
@@ -44,9 +46,10 @@ from jaxvlm.train import bucket
 from jaxvlm.train.features import FeatureTable, cached_features
 from jaxvlm.train.flops import peak_flops
 from jaxvlm.train.loop import train_stage
-from jaxvlm.train.metrics import StageResult, read_metrics
+from jaxvlm.train.metrics import StageResult, read_events, read_metrics
 from jaxvlm.train.ridge import ridge_start
 from jaxvlm.train.state import count, describe, flat, nbytes, split
+from jaxvlm.train.watch import Ask, check_watch
 from jaxvlm.weights import import_model, import_part
 from jaxvlm.weights.exporter import keep_adapters
 from jaxvlm.weights.importer import with_initial
@@ -55,8 +58,7 @@ from jaxvlm.weights.saved import CheckpointError, existing_parent, is_address, s
 EVALUATION_SECONDS = 7 * 24 * 3600.0  # what the others wait for process 0 at most
 PARTS = ("vision", "connector", "llm")
 # Settings that may change between a run and its continuation without changing what is learnt.
-FREE = ("config.log.", "config.checkpoint.", "config.mesh.", "config.eval.", "config.name")
-FREE += ("config.description", "config.expected")
+FREE = re.compile(r"config\.((log|checkpoint|mesh|eval|stages\.\d+\.watch)\b|name|description|expected)")
 
 
 def run(config: RunConfig, workdir: str | Path) -> dict[str, Any]:
@@ -77,15 +79,17 @@ def run_in(workdir: Path, store: Path | epath.Path, config: RunConfig) -> dict[s
     barrier("workdir")
     print(opening(config, store), flush=True)
     config = first_then_others("assets", lambda: resolve_assets(config))
+    check_watch(config)
     mesh = make_mesh(config.mesh)
     print(describe_mesh(mesh), flush=True)
+    asks = [questions_of(stage, config, mesh) for stage in config.stages]
     with jax.set_mesh(mesh):
         params = initial_params(config, mesh)
         print(f"Model: {', '.join(describe(params))} parameters, computing in {config.model.dtype}.")
         check_disk(params, config, store)
         results = []
         for number, stage in enumerate(config.stages):
-            params, result = run_stage(number, stage, config, params, mesh, workdir, store)
+            params, result = run_stage(number, stage, config, params, mesh, workdir, store, asks[number])
             results.append(result)  # None in all processes but the first
         if config.model.llm.lora.rank:
             lora = {path: whole(leaf) if "lora_" in path else leaf for path, leaf in flat(params).items()}
@@ -103,6 +107,16 @@ def run_in(workdir: Path, store: Path | epath.Path, config: RunConfig) -> dict[s
     made = finish(config, workdir, store, results, scores, started) if alone else {}
     barrier("end", EVALUATION_SECONDS)  # nobody leaves before process 0, which holds the coordination service
     return made
+
+
+def questions_of(stage: StageConfig, config: RunConfig, mesh: Mesh) -> Ask | None:
+    """What `stage.watch` asks of the model in training; None where it asks nothing."""
+    if not (stage.watch.every_steps and stage.watch.questions):
+        return None
+    if jax.process_count() > 1:  # an engine cannot read parameters that are spread over processes
+        print(f"  Stage '{stage.name}': watch.questions are not asked in a job of several processes.", flush=True)
+        return None
+    return slim_scores(config, stage.watch, mesh)
 
 
 def local_copy(model: ModelConfig, params: dict) -> tuple[Mesh, dict]:
@@ -125,7 +139,7 @@ def claim_workdir(config: RunConfig, workdir: Path | epath.Path) -> None:
     """Makes the work directory this run's own, or checks that it already is. Raises `ConfigError` otherwise."""
     path, wanted = workdir / "config.json", json.loads(json.dumps(to_dict(config)))
     if path.is_file():
-        changed = [d for d in differences(json.loads(path.read_text()), wanted) if not d.startswith(FREE)]
+        changed = [d for d in differences(json.loads(path.read_text()), wanted) if not FREE.match(d)]
         if changed:
             lines = "\n  ".join(changed[:8] + (["..."] if len(changed) > 8 else []))
             raise ConfigError(
@@ -212,6 +226,7 @@ def run_stage(
     mesh: Mesh,
     workdir: Path,
     store: Path | epath.Path,
+    ask: Ask | None = None,
 ) -> tuple[dict, StageResult | None]:
     """Reads the stage's data, caches frozen features if it asks for that, and trains."""
     trainable, _ = split(params, stage.trainable)
@@ -231,18 +246,29 @@ def run_stage(
     print(textwrap.indent(mixture_table(stats), "  "))
     if data.skipped_path:
         print(f"  {stats['skipped']:,} records skipped, listed in {data.skipped_path}")
+    features = held_out = None
     if stage.cache_features:
         if "vision" in trainable:
             raise ConfigError(f"Stage '{stage.name}' trains the vision tower, so cache_features must be False.")
         features = stage_features(number, config, params["vision"], workdir)
         data = stage_loader(number, config, features)
+    if watches_held_out(stage):
+        held = {"features": features, "skipped": workdir / f"skipped_{stage.name}_held_out.jsonl", "held_out": True}
+        held_out = first_then_others(f"held-out data of stage {number}", lambda: stage_loader(number, config, **held))
+        counts = ", ".join(f"{name} {one['records']:,}" for name, one in held_out.stats()["sources"].items())
+        print(f"  held out, with a loss every {stage.watch.every_steps:,} steps: {counts}")
     if number == 0 and config.init.connector_start == "ridge":
         rows = stage_loader(number, config, features, process=(0, 1)) if stage.cache_features else data
         params = ridge_start(config.model, params, rows)
     directory = store / "stages" / f"{number}_{stage.name}"
     origin = {"init": to_dict(config.init), "stages before": [before.name for before in config.stages[:number]]}
     more = (config.checkpoint, config.log, origin)
-    return train_stage(stage, config.model, params, data, mesh, workdir, directory, *more)
+    return train_stage(stage, config.model, params, data, mesh, workdir, directory, *more, held_out, ask)
+
+
+def watches_held_out(stage: StageConfig) -> bool:
+    """Whether the loss on held-out records is taken in this stage."""
+    return bool(stage.watch.every_steps) and any(source.held_out for source in stage.data.sources)
 
 
 def stage_loader(
@@ -251,8 +277,11 @@ def stage_loader(
     features: FeatureTable | None = None,
     skipped: Path | None = None,
     process: tuple[int, int] | None = None,
+    held_out: bool = False,
 ) -> Loader:
-    """The batches of stage `number`: this process's rows of them, or those of the `process` (index, count)."""
+    """The batches of stage `number`: this process's rows of them, or those of the `process` (index, count); with `held_out`
+    those of the records that it does not train on.
+    """
     stage = config.stages[number]
     index, count = process or (jax.process_index(), jax.process_count())
     return Loader(
@@ -268,6 +297,7 @@ def stage_loader(
         features=features,
         skipped_path=skipped,
         log=lambda message: print(f"  {message}", flush=True),
+        held_out=held_out,
     )
 
 
@@ -278,7 +308,9 @@ def stage_features(number: int, config: RunConfig, vision_params: dict, workdir:
         return config.stages[i].data.transform or config.prompt.transform
 
     alike = [i for i, stage in enumerate(config.stages) if stage.cache_features and transform(i) == transform(number)]
-    images = sorted(set().union(*(stage_loader(i, config).image_paths() for i in alike)))
+    loaders = [stage_loader(i, config) for i in alike]
+    loaders += [stage_loader(i, config, held_out=True) for i in alike if watches_held_out(config.stages[i])]
+    images = sorted(set().union(*(loader.image_paths() for loader in loaders)))
     line = StatusLine()
 
     def table() -> FeatureTable:
@@ -344,6 +376,7 @@ def finish(
         results=scores,
         stages=[dataclasses.asdict(result) for result in results],
         metrics=read_metrics(workdir / "metrics.jsonl"),
+        watched=watched(workdir),
         wall_seconds=round(time.perf_counter() - started, 1),
         peak_memory_bytes=peak_memory_bytes(),
         config=json.loads((store / "config.json").read_text()),
@@ -360,6 +393,11 @@ def finish(
     else:
         print(f"  jaxvlm chat --run {workdir}")
     return made
+
+
+def watched(workdir: Path) -> list[dict[str, Any]]:
+    """What the stages' `watch` found."""
+    return [event for kind in ("held_out", "slim") for event in read_events(workdir / "metrics.jsonl", kind)]
 
 
 def facts(workdir: Path) -> dict[str, str]:
@@ -393,7 +431,8 @@ def show_report(workdir: Path) -> None:
     if not path.is_file():
         raise ConfigError(f"{workdir} has no report.json yet; it is written at the end of the run.")
     made = json.loads(path.read_text())
-    page = report.render(made, read_metrics(workdir / "metrics.jsonl"), to_dict(run_config(workdir)))
+    metrics = read_metrics(workdir / "metrics.jsonl")
+    page = report.render(made, metrics, to_dict(run_config(workdir)), watched(workdir))
     (workdir / "report.html").write_text(page)
     print(report.terminal_table(made) + f"\n\nWritten to {workdir / 'report.html'}.")
 

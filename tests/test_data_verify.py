@@ -342,6 +342,12 @@ def test_the_list_lets_a_training_begin(mix, tmp_path, capsys):
     assert stop.value.code == 1 and "1 that training refuses, beside those above" in out and "the sequence has" in out
     found = quarantined(listed)
     assert {7, 9} < found.keys() and len(found) >= 3
+    for number in (1, len(records) // 2, len(records) - 1):  # whether a record is trained on or held out
+        one, few = f"--config.stages[0].data.sources[0].held_out={number}", f"{listed}-{number}"
+        with pytest.raises(SystemExit):
+            main(["data", "verify", "--config", str(config), one, "--quarantine", few])
+        assert quarantined(few) == found
+    capsys.readouterr()
 
     with pytest.raises(SystemExit):
         main(

@@ -14,7 +14,7 @@ import tiny
 from jaxvlm import main
 from jaxvlm.config import ConfigError, LogConfig, OptimizerConfig, StageConfig
 from jaxvlm.train import metrics
-from jaxvlm.train.metrics import Meter, compile_seconds, read_metrics, stage_result
+from jaxvlm.train.metrics import Meter, compile_seconds, read_events, read_metrics, stage_result
 from jaxvlm.train.writers import open_writers, scalars
 
 BATCH = {
@@ -88,6 +88,29 @@ def test_waiting_for_data_counts_where_the_device_waits_too(tmp_path, clock):
     # Of step 1's 7 s (3 + 1 + 3) the first three, as it hid the other wait itself; then 4 s each, 3 of them where the step
     # was done. The last has 1 s.
     assert shares == [pytest.approx(3 / 7, abs=1e-4), 0.75, 0.0, 0.0]
+
+
+def test_evaluating_is_in_no_step(tmp_path, clock):
+    """Of 2 s a step, and 30 s of evaluation after the second; what was waiting is written down first."""
+    one = meter(tmp_path)
+
+    def measure():
+        assert [e["step"] for e in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+        clock.time += 30.0
+        return {"scores": {"all": 0.5}, "n": 4, "seconds": 30.0}
+
+    for step in (1, 2, 3):
+        one.add(step, BATCH, result())
+        clock.time += 2.0
+        if step == 2:
+            one.evaluate("slim", step, measure)
+    one.close()
+    assert [e["seconds"] for e in read_metrics(tmp_path / "metrics.jsonl")] == [2.0, 2.0, 2.0]
+    assert one.has("slim", 2) and not one.has("slim", 3) and not one.has("held_out", 2)
+    meter(tmp_path, start=2).close()
+    assert read_events(tmp_path / "metrics.jsonl", "slim")[0]["step"] == 2
+    meter(tmp_path, start=1).close()
+    assert read_events(tmp_path / "metrics.jsonl", "slim") == []
 
 
 def test_every_group_has_its_rate(tmp_path):

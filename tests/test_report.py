@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from html.parser import HTMLParser
 
 import pytest
@@ -132,6 +133,38 @@ def test_page_is_well_formed_self_contained_and_escapes_text(inputs, tmp_path):
 
 def dict_has_alt(parsed, tag):
     return [bool(value) for found, name, value in parsed.attributes if found == tag and name == "alt"]
+
+
+def test_what_was_watched_is_drawn_and_in_the_table(inputs, tmp_path):
+    """Two stages, the second of them watched; eight sources, one with a name that would end the page."""
+    names = [NASTY, *"bcdefgh"]
+    watched = []
+    for step in (350, 700):
+        loss = {name: step / 100 + i for i, name in enumerate(names)} | {"all": 12.345}
+        watched.append({"event": "held_out", "stage": "instruct", "step": step, "loss": loss, "tokens": {"all": 1234}})
+        scores = {"what": step / 1000, "all": step / 1000}
+        watched.append({"event": "slim", "stage": "instruct", "step": step, "scores": scores, "n": 24})
+    before = len(Page(page.render(write_report(tmp_path, **inputs), inputs["metrics"], inputs["config"])).tags)
+    write_report(tmp_path, **inputs, watched=watched)
+    parsed = Page((tmp_path / "report.html").read_text())
+    assert len(parsed.tags) > before and parsed.tags.count("svg") == 4 and "script" not in parsed.tags
+    assert "held-out loss per supervised token, of 1,234" in parsed.text
+    assert "right, of 24 questions asked while training" in parsed.text
+    cells = [re.findall(r"<td>(.*?)</td>", row) for row in (tmp_path / "report.html").read_text().split("<tr>")]
+    assert ["held-out loss", "2", "12.345", "350", "12.345", "700"] in cells
+    assert ["questions right", "2", page.percent(0.35), "350", page.percent(0.7), "700"] in cells
+    places = [
+        tuple(float(dict(parsed_at)[axis]) for axis in ("cx", "cy"))
+        for parsed_at in circles((tmp_path / "report.html").read_text())
+    ]
+    assert len(places) == 2 + 2 * 9 + 2  # the ends of two losses, of each source and all, and of one question type
+    assert all(0 <= x <= page.WIDTH and 0 <= y <= page.HEIGHT for x, y in places)
+    ends = [y for x, y in places[2:20] if x == page.WIDTH - page.RIGHT]
+    assert ends[:8] == sorted(ends[:8], reverse=True)  # a larger loss stands higher
+
+
+def circles(text):
+    return [re.findall(r'(cx|cy)="([\d.]+)"', tag) for tag in re.findall(r"<circle[^>]*>", text)]
 
 
 def test_page_without_an_evaluation_or_metrics(inputs, tmp_path):

@@ -46,6 +46,9 @@ class Loader:
     place of 'pixels' uint8 [B, T, H, W, 3]. Where the connector reads the instruction they also carry 'qformer_tokens'
     int32 and 'qformer_mask' bool [B, T, L]. If no record has an image, all of these and 'tile_mask' are left out.
 
+    With `held_out` they are of the records that training never uses (`SourceConfig.held_out`), each once; `steps` and
+    `epochs` do not count then.
+
     Raises `DataError` for records that cannot be used, unless `data.bad_records` is 'skip': they are then listed in the
     file `skipped_path`, one JSON line each with the reason, and images that turn out to be broken later in `broken_path`.
     """
@@ -67,11 +70,16 @@ class Loader:
         cache_dir: str | os.PathLike | None = None,
         skipped_path: str | os.PathLike | None = None,
         log: Callable[[str], Any] = lambda message: None,
+        held_out: bool = False,
     ):
         _check(data, batch_size, steps, epochs, process_index, process_count)
+        listed = bad.read_quarantine(data.quarantine, data.sources) if data.quarantine else [{} for _ in data.sources]
+        if held_out:
+            listed = [entries for entries, source in zip(listed, data.sources, strict=True) if source.held_out]
+            data = _held_out(data)
         overrides = {key: getattr(data, key) for key in ("template", "transform", "length")}
         self.prompt = prompt = replace(prompt, **{k: v for k, v in overrides.items() if v is not None})
-        self.data, self.batch_size, self.seed = data, batch_size, seed
+        self.data, self.batch_size, self.seed, self.held_out = data, batch_size, seed, held_out
         self.process_index, self.process_count = process_index, process_count
         self.tokenizer = tokenizer = tokenizer or Tokenizer(prompt.tokenizer)
         check_template(tokenizer, prompt.template)
@@ -90,9 +98,10 @@ class Loader:
             log=log,
             instructions=instructions,
             processes=data.num_workers,
+            held_out=held_out,
         )
         self._tables = [make(*pair) for pair in zip(self._sources, data.sources, strict=True)]
-        self._usable = found = usable(data, self._sources, self._tables, features)
+        self._usable = found = usable(data, self._sources, self._tables, features, listed)
         self._samples, self.source_names = samples, _ = found[:2]
         default = cache / f"skipped-{hashlib.sha256(str(self._tables).encode()).hexdigest()[:16]}.jsonl"
         skipped_path = Path(skipped_path or default)
@@ -222,9 +231,11 @@ class Loader:
         written = bad.report(entries, self.data, path, write=self.process_index == 0)
         for name in self.source_names:
             why = bad.reasons(found.skipped[name] + found.quarantined[name])
-            bad.check_share(name, self._lost(name), self._lost(name) + found.records[name], self.data, why)
+            if not self.held_out:  # too few to tell a share by
+                bad.check_share(name, self._lost(name), self._lost(name) + found.records[name], self.data, why)
         if not len(found.samples.source):
-            raise DataError(f"No usable record is left in {', '.join(source.path for source in self.data.sources)}.")
+            kind = "held-out record" if self.held_out else "record"
+            raise DataError(f"No usable {kind} is left in {', '.join(source.path for source in self.data.sources)}.")
         return written
 
     def _slots_needed(self) -> int:
@@ -235,6 +246,10 @@ class Loader:
 
     def _plan(self, steps: int | None, epochs: float | None) -> tuple[Rows, Rows]:
         """The run's rows, and those of its first epoch."""
+        if self.held_out:
+            every = np.arange(len(self._samples.source))
+            rows = rows_of(every, self._samples, self.data, self.prompt.length, self.tiles_per_row)
+            return rows, rows
         epochs = 1.0 if steps is None and epochs is None else epochs
         make = functools.partial(
             epoch_rows, self._samples, self.data, self.prompt.length, self.tiles_per_row, self.seed
@@ -270,10 +285,23 @@ def _step_batch(reader: RowReader, batch_size: int, first: int, rows: int, step:
 def epoch_rows(samples: Samples, data: DataConfig, length: int, tiles_per_row: int, seed: int, epoch: int) -> Rows:
     """One epoch's rows of sample indices, in random order: one sample each, or packed."""
     order = epoch_samples(samples.source, [source.weight for source in data.sources], seed, epoch)
+    return rows_of(order, samples, data, length, tiles_per_row)
+
+
+def rows_of(order: np.ndarray, samples: Samples, data: DataConfig, length: int, tiles_per_row: int) -> Rows:
+    """Rows of the samples with the indices `order`, in about that order: one sample each, or packed."""
     if not data.packing:
         return Rows(order, np.arange(len(order) + 1))
     rows = plan(samples.length[order], samples.tiles[order], length, tiles_per_row)
     return Rows(order[rows.samples], rows.offsets)
+
+
+def _held_out(data: DataConfig) -> DataConfig:
+    """The sources that hold records out. They are few, and read again and again: not worth starting workers for."""
+    sources = tuple(source for source in data.sources if source.held_out)
+    if not sources:
+        raise DataError("None of the stage's sources has records `held_out`.")
+    return replace(data, sources=sources, num_workers=0)
 
 
 def _check(data: DataConfig, batch_size: int, steps, epochs, process_index: int, process_count: int) -> None:

@@ -12,6 +12,8 @@ from jaxvlm.config import SourceConfig
 from jaxvlm.data import DataError, llava_mix
 from jaxvlm.data.boxes import FRAMES
 
+HELD_OUT_SEED = 20_231_127  # not the run's: in every stage and every run a source holds out the same records
+
 
 def check_sources(sources: Sequence[SourceConfig]) -> None:
     """Raises `DataError` for settings of sources that cannot be used."""
@@ -34,6 +36,8 @@ def check_sources(sources: Sequence[SourceConfig]) -> None:
                     ", ".join(llava_mix.COUNTS)
                 ]
                 raise DataError(f"{where}: `keep` has {name!r}, which {source.mix} does not. It has {near[0]}.")
+        if source.held_out < 0:
+            raise DataError(f"{where}: `held_out` is a number of records; it is {source.held_out}.")
     weights = [source.weight for source in sources]
     if any(weight is not None for weight in weights) and not all(
         weight is not None and weight > 0 for weight in weights
@@ -46,25 +50,41 @@ def prepared(record: Any, source: SourceConfig) -> Any:
     return record if source.format_prompts else llava_mix.without_format_prompts(record)
 
 
-def choose(records: Sequence, source: SourceConfig, seed: int) -> np.ndarray:
-    """How often each of the source's records is used, int64 [n].
+def choose(records: Sequence, source: SourceConfig, seed: int, held_out: bool = False) -> np.ndarray:
+    """How often training uses each of the source's records, int64 [n]; with `held_out`, 1 for those that it never uses.
 
     A fraction of 0.1 takes a tenth of the records that the source's rules let through, 2.5 takes each twice and half of them
     a third time. Which ones follows from the seed and the number of records alone: what a smaller fraction takes, a larger
     one takes too, and neither the other sources nor a file's place, name or format change it. Records that cannot be read
-    pass every rule, to be found later. Raises `DataError` if none is left.
+    pass every rule, to be found later.
+
+    `source.held_out` of the records that pass are kept out, and a fraction is of the rest. They are the last ones of a random
+    order of their own, so a smaller number of them is among a larger one, whatever the fraction and the seed. Raises
+    `DataError` if none is left.
     """
-    order = np.random.default_rng(seed).permutation(len(records))
+    passing = np.ones(len(records), bool)
     if source.keep or not source.text_only:
-        order = order[
-            np.fromiter((_passes(records, i, source) for i in range(len(records))), bool, len(records))[order]
-        ]
-    whole, part = divmod(source.fraction, 1.0)
+        passing = np.fromiter((_passes(records, i, source) for i in range(len(records))), bool, len(records))
     copies = np.zeros(len(records), np.int64)
+    if source.held_out:
+        kept_out = np.random.default_rng(HELD_OUT_SEED).permutation(len(records))
+        kept_out = kept_out[passing[kept_out]][-source.held_out :]
+        if source.held_out >= passing.sum():
+            raise DataError(
+                f"held_out {source.held_out} of the {passing.sum()} records of {source.path} leaves none to train on; hold out"
+                " fewer."
+            )
+        if held_out:
+            copies[kept_out] = 1
+            return copies
+        passing[kept_out] = False
+    order = np.random.default_rng(seed).permutation(len(records))
+    order = order[passing[order]]
+    whole, part = divmod(source.fraction, 1.0)
     copies[order] += int(max(whole, 0))
     copies[order[: round(part * len(order))]] += 1
     if source.fraction <= 0 or not copies.any():
-        chosen = " that `keep` and `text_only` let through" if len(order) < len(records) else ""
+        chosen = " that `keep`, `text_only` and `held_out` let through" if len(order) < len(records) else ""
         raise DataError(
             f"fraction {source.fraction} of the {len(order)} records of {source.path}{chosen} leaves none; it must be positive"
             " and large enough."

@@ -47,12 +47,13 @@ def usable(
     sources: Sequence[Source],
     tables: Sequence[str],
     features: tuple[Any, Mapping[str, int]] | None = None,
+    listed: Sequence[Mapping[int, dict]] | None = None,
 ) -> Usable:
     """The samples whose images are there (or have features), and what is left out, with the reasons.
 
-    Raises `DataError` for a quarantine list that does not fit the sources.
+    `listed` are the entries of a quarantine list that are about each source.
     """
-    listed = bad.read_quarantine(data.quarantine, data.sources) if data.quarantine else [{} for _ in tables]
+    listed = listed or [{} for _ in tables]
     names = list(dict.fromkeys(name for source in data.sources for name in _names(source)))
     records = dict.fromkeys(names, 0)
     skipped, quarantined, dropped = ({name: [] for name in names} for _ in range(3))

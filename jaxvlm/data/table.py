@@ -77,8 +77,11 @@ def cached_table(
     log: Log,
     instructions: InstructionTokenizer | None = None,
     processes: int = 0,
+    held_out: bool = False,
 ) -> str:
     """The folder of the source's table, made unless the cache has it for these files, tokenizer and settings.
+
+    It is of the records that training uses, or of those that `config.held_out` keeps from it.
 
     There are two: what tokenising gives, and upon it what splicing gives, which is cheap to make anew. A large one is
     tokenised by `processes` worker processes, if any.
@@ -88,6 +91,7 @@ def cached_table(
     key += [tokenizer.fingerprint_text, config.fraction, None if whole else seed]
     key += [config.mix, config.keep, config.text_only, config.format_prompts]
     key += [config.boxes, splicing.tiling.transform] if config.boxes else []
+    key += [config.held_out, held_out] if config.held_out else []
     key += [instructions.fingerprint_text] if instructions else []
     encode = _Encode(source, config, tokenizer, template, layout, splicing.tiling.transform, instructions)
 
@@ -95,7 +99,7 @@ def cached_table(
         folder = cached(cache, key)
         if not folder.is_dir():
             with new_folder(folder) as new:
-                _encode_records(new, source, config, encode, seed, processes, log)
+                _encode_records(new, source, config, encode, choose(source, config, seed, held_out), processes, log)
         return folder, open_table(str(folder))
 
     texts, base = encoded(key)
@@ -123,9 +127,11 @@ def _write_meta(folder: Path, meta: dict) -> None:
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
-def _encode_records(new: Path, source: Source, config, encode: _Encode, seed, processes: int, log: Log) -> None:
-    """Writes what does not depend on the splicing: tokens and labels, image names, and the records that are unusable."""
-    copies = choose(source, config, seed)
+def _encode_records(new: Path, source: Source, config, encode: _Encode, copies, processes: int, log: Log) -> None:
+    """Writes what does not depend on the splicing: tokens and labels, image names, and the records that are unusable.
+
+    `copies` int [n] says how often each record is used.
+    """
     indices = np.flatnonzero(copies)
     name, total = config.name or source.path, len(indices)
     if total > 2000:

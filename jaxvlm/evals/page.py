@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 
 from PIL import Image, ImageOps
@@ -14,16 +14,30 @@ from jaxvlm.html import axis_ticks, document, percent, picture, table
 from jaxvlm.progress import duration
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 600, 280, 52, 40, 14, 14  # of a loss curve, in SVG units
+COLOURS = 6  # of the lines of `watched_curve`; further ones are dashed
+# Events of `train.watch`: where their numbers are, and what these are, in short and of an event.
+WATCHED = {
+    "held_out": (
+        "loss",
+        "held-out loss",
+        lambda event: f"held-out loss per supervised token, of {event['tokens']['all']:,}",
+    ),
+    "slim": (
+        "scores",
+        "questions right",
+        lambda event: f"right, of {event['n']:,} questions asked while training",
+    ),
+}
 POINTS = 300  # a curve with more steps is drawn through the means of this many groups of steps
 
 
-def render(report: dict, metrics: Sequence[dict], config: dict) -> str:
+def render(report: dict, metrics: Sequence[dict], config: dict, watched: Sequence[dict] = ()) -> str:
     """The page as HTML. Raises nothing for a missing sample image: the card says that it is gone."""
     sections = [
         _header(report),
         _results(report),
         _samples(report["samples"]),
-        _training(report["stages"], metrics),
+        _training(report["stages"], metrics, watched),
         _run(report, config),
     ]
     return document(f"{report['name'] or 'run'} - jaxvlm report", sections, STYLE)
@@ -155,15 +169,19 @@ def _picture(path: str | None, question: str) -> str:
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-def _training(stages: Sequence[dict], metrics: Sequence[dict]) -> str:
+def _training(stages: Sequence[dict], metrics: Sequence[dict], watched: Sequence[dict]) -> str:
     if not stages:
         return ""
-    figures, rows = [], []
+    figures, rows, watched_rows = [], [], []
     for stage in stages:
         entries = [entry for entry in metrics if entry["stage"] == stage["name"]]
         points = [(entry["step"], entry["loss"]) for entry in entries if math.isfinite(entry["loss"])]
         if points:
             figures.append(loss_curve(stage["name"], points))
+        for kind in WATCHED:
+            if events := [e for e in watched if (e["event"], e["stage"]) == (kind, stage["name"])]:
+                figures.append(watched_curve(stage["name"], kind, events))
+                watched_rows.append(_watched_row(stage["name"], kind, events))
         cells = [f"{stage['steps']:,}", f"{stage['first_loss']:.3f}", f"{stage['final_loss']:.3f}"]
         cells += [
             _middle(entries, "tokens_per_second", 1, ",.0f"),
@@ -177,11 +195,21 @@ def _training(stages: Sequence[dict], metrics: Sequence[dict]) -> str:
             f'<tr><th scope="row">{escape(stage["name"])}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
         )
     heads = ["Stage", "Steps", "First loss", "Final loss", "Tokens/s", "Images/s", "MFU", "Time in steps"]
+    watched_heads = ["Stage", "What", "Times", "First", "at step", "Last", "at step"]
+    beside = table("Evaluated while training", watched_heads, watched_rows) if watched_rows else ""
     return (
         '<section aria-labelledby="training">\n<h2 id="training">Training</h2>\n'
         f'<div class="curves">\n{"".join(figures)}</div>\n'
-        f"{table('Training stages; speeds are medians over the steps', heads, rows)}\n</section>"
+        f"{table('Training stages; speeds are medians over the steps', heads, rows)}\n{beside}</section>"
     )
+
+
+def _watched_row(name: str, kind: str, events: Sequence[dict]) -> str:
+    key, title, _ = WATCHED[kind]
+    cells = [title, f"{len(events):,}"]
+    for event in (events[0], events[-1]):
+        cells += [_shown(kind, event[key]["all"]), f"{event['step']:,}"]
+    return f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
 
 
 def _middle(entries: Sequence[dict], key: str, factor: float, form: str, unit: str = "") -> str:
@@ -212,24 +240,71 @@ def loss_curve(name: str, points: Sequence[tuple[int, float]]) -> str:
     def path(values: Sequence[tuple[float, float]]) -> str:
         return "M" + "L".join(f"{x(step):.1f} {y(loss):.1f}" for step, loss in values)
 
-    grid = "".join(
-        f'<path class="grid" d="M{LEFT} {y(tick):.1f}H{WIDTH - RIGHT}"/>'
-        f'<text x="{LEFT - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>'
-        for tick in ticks
-    )
-    steps = [tick for tick in axis_ticks(first, last, 5, whole=True) if first <= tick <= last] or [first]
-    marks = "".join(
-        f'<text x="{x(tick):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{tick:,.0f}</text>' for tick in steps
-    )
     label = f"Loss of stage {name}: from {losses[0]:.3f} at step {first} to {losses[-1]:.3f} at step {last}"
     return (
         f'<figure class="card"><figcaption>{escape(name)} <span class="quiet">loss per supervised token'
         f"{', log scale' if logarithmic else ''}</span></figcaption>"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">{grid}{marks}'
-        f'<text x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{HEIGHT - 4}" text-anchor="middle">step</text>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">'
+        f"{_grid(ticks, y, '{:g}'.format)}{_steps(first, last, x)}"
         f'<path class="raw" d="{path(points)}"/><path class="smooth" d="{path(_smooth(points))}"/>'
         f'<circle class="end" cx="{x(last):.1f}" cy="{y(_smooth(points)[-1][1]):.1f}" r="3.5"/></svg></figure>\n'
     )
+
+
+def _grid(ticks: Sequence[float], y: Callable[[float], float], text: Callable[[float], str]) -> str:
+    return "".join(
+        f'<path class="grid" d="M{LEFT} {y(tick):.1f}H{WIDTH - RIGHT}"/>'
+        f'<text x="{LEFT - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{text(tick)}</text>'
+        for tick in ticks
+    )
+
+
+def _steps(first: float, last: float, x: Callable[[float], float]) -> str:
+    ticks = [tick for tick in axis_ticks(first, last, 5, whole=True) if first <= tick <= last] or [first]
+    marks = "".join(
+        f'<text x="{x(tick):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{tick:,.0f}</text>' for tick in ticks
+    )
+    return f'{marks}<text x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{HEIGHT - 4}" text-anchor="middle">step</text>'
+
+
+def watched_curve(name: str, kind: str, events: Sequence[dict]) -> str:
+    """An SVG of what a stage's events of one kind say at their steps: a line for each source or question type, and 'all'."""
+    key, title, what = WATCHED[kind]
+    lines = {one: [(e["step"], e[key][one]) for e in events if one in e[key]] for one in events[-1][key]}
+    if len(lines) == 2:  # a part that is the whole
+        lines = {one: points for one, points in lines.items() if one != "all"}
+    values = [value for points in lines.values() for _, value in points if math.isfinite(value)]
+    ticks = [0, 0.25, 0.5, 0.75, 1] if kind == "slim" else axis_ticks(min([0.0, *values]), max([0.0, *values]))
+    last = max(events[-1]["step"], 1)
+
+    def x(step: float) -> float:
+        return LEFT + step / last * (WIDTH - LEFT - RIGHT)
+
+    def y(value: float) -> float:
+        return TOP + (ticks[-1] - value) / (ticks[-1] - ticks[0]) * (HEIGHT - TOP - BOTTOM)
+
+    drawn, legend = "", ""
+    for number, (one, points) in enumerate(lines.items()):
+        colour = "all" if one == "all" else f"line{number % COLOURS}" + " again" * (number >= COLOURS)
+        places = [(x(step), y(value)) for step, value in points if math.isfinite(value)]
+        drawn += f'<path class="{colour}" d="M{"L".join(f"{a:.1f} {b:.1f}" for a, b in places)}"/>' if places else ""
+        drawn += "".join(f'<circle class="{colour}" cx="{a:.1f}" cy="{b:.1f}" r="3.5"/>' for a, b in places)
+        legend += (
+            f'<li class="{colour}"><i aria-hidden="true"></i>{escape(one)} <b>{_shown(kind, points[-1][1])}</b></li>'
+        )
+    label = (
+        f"{title} of stage {name}, after steps {', '.join(str(e['step']) for e in events)}; the last values are below"
+    )
+    return (
+        f'<figure class="card"><figcaption>{escape(name)} <span class="quiet">{what(events[-1])}</span></figcaption>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">'
+        f"{_grid(ticks, y, ('{:.0%}' if kind == 'slim' else '{:g}').format)}{_steps(0, last, x)}{drawn}</svg>"
+        f'<ul class="legend">{legend}</ul></figure>\n'
+    )
+
+
+def _shown(kind: str, value: float) -> str:
+    return percent(value) if kind == "slim" else f"{value:.3f}"
 
 
 def _thin(points: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
@@ -327,4 +402,12 @@ STYLE = """
 .wrong { color: var(--bad); background: var(--bad-bg); }
 .raw { stroke: var(--sighted); opacity: 0.32; }
 .smooth { stroke: var(--sighted); stroke-width: 2.2; } .end { fill: var(--sighted); }
+.all { --line: var(--ink); } .line0 { --line: #2f7de1; } .line1 { --line: #d1730f; } .line2 { --line: #1d9a5b; }
+.line3 { --line: #b14fc5; } .line4 { --line: #c8423b; } .line5 { --line: #7c8798; }
+svg [class^="line"], svg .all { stroke: var(--line); stroke-width: 2.2; } svg path.again { stroke-dasharray: 5 4; }
+circle[class^="line"], circle.all { fill: var(--line); }
+.legend { list-style: none; display: flex; flex-wrap: wrap; gap: 2px 18px; margin: 6px 0 0; padding: 0; font-size: 0.875rem; }
+.legend li { overflow-wrap: anywhere; } .legend b { font-variant-numeric: tabular-nums; font-weight: 600; }
+.legend i { display: inline-block; width: 11px; height: 11px; border-radius: 50%; background: var(--line); margin-right: 7px; }
+.legend .again i { background: none; border: 2px dashed var(--line); }
 """

@@ -91,7 +91,9 @@ def _parse(line: str, where: str, images: Path) -> Question:
     return Question(str(record["question_id"]), image and str(image), text, str(record["answer"]), category)
 
 
-def subset(questions: Sequence[Question], limits: Iterable[tuple[str, int]], seed: int) -> list[Question]:
+def subset(
+    questions: Sequence[Question], limits: Iterable[tuple[str, int]], seed: int, setting: str = "eval.limits"
+) -> list[Question]:
     """Draws `limits` = (category, how many) from `questions`, in file order; no limits means all of them.
 
     A category's questions are shuffled once by the seed and the first `count` taken, so a smaller subset lies inside a
@@ -105,7 +107,7 @@ def subset(questions: Sequence[Question], limits: Iterable[tuple[str, int]], see
         members = [i for i, question in enumerate(questions) if question.category == category]
         if not members:
             known = ", ".join(sorted({question.category for question in questions}))
-            raise EvalError(f"eval.limits names the category '{category}', which has no question. Known: {known}.")
+            raise EvalError(f"{setting} names the category '{category}', which has no question. Known: {known}.")
         rng = np.random.default_rng([seed, zlib.crc32(category.encode())])
         kept.update(members[i] for i in rng.permutation(len(members))[:count])
     return [questions[i] for i in sorted(kept)]

@@ -32,6 +32,7 @@ def write_report(
     results: dict | None,
     stages: Sequence[dict],
     metrics: Sequence[dict],
+    watched: Sequence[dict] = (),
     wall_seconds: float,
     peak_memory_bytes: int,
     config: dict,
@@ -44,6 +45,7 @@ def write_report(
         results: what `evals.runner.run` returned, or None when nothing was evaluated.
         stages: per stage, in order, at least name, steps, first_loss, final_loss and tokens_per_second.
         metrics: the lines of metrics.jsonl: stage, step, loss, and what else is known of a step.
+        watched: the events 'held_out' and 'slim' of metrics.jsonl: what the stages evaluated while they trained.
         config: the run's resolved config as plain values (`config.to_dict`); its name and description head the page.
         devices: what the run ran on, in words.
         facts: more lines for the page's summary, e.g. {"Parameters": "135.1 M"}.
@@ -66,7 +68,7 @@ def write_report(
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     _replace(workdir / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    _replace(workdir / "report.html", render(report, metrics, config))
+    _replace(workdir / "report.html", render(report, metrics, config, watched))
     return report
 
 

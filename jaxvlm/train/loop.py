@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import signal
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from jaxvlm.train.metrics import Meter, StageResult
 from jaxvlm.train.optimizer import averaged, make_optimizer, opt_state_shardings
 from jaxvlm.train.state import TrainState, cast, flat, merge, split
 from jaxvlm.train.step import make_step
+from jaxvlm.train.watch import Ask, due, measures
 from jaxvlm.weights.saved import explain_full_disk
 
 
@@ -46,13 +49,16 @@ def train_stage(
     checkpoints: CheckpointConfig,
     log: LogConfig | None = None,
     origin: dict[str, Any] | None = None,
+    held_out: Loader | None = None,
+    ask: Ask | None = None,
 ) -> tuple[dict, StageResult | None]:
     """Trains `stage` from `params`, or from its newest checkpoint in `directory`; returns the new parameters.
 
     Metrics and heartbeats go to `workdir`, which is always a folder; `directory` may be in a bucket.
 
     Runs inside `jax.set_mesh`, in every process of the job, and takes the buffers of `params` over. `origin` says where the
-    frozen ones come from, for the checkpoint. The result is process 0's to tell, and None in the others.
+    frozen ones come from, for the checkpoint. `held_out` and `ask` are what `stage.watch` evaluates, in events of
+    metrics.jsonl. The result is process 0's to tell, and None in the others.
 
     Raises `ConfigError` for a batch that does not divide, `DivergedError` when the loss is no number, and `Interrupted`,
     everything saved, when SIGINT or SIGTERM arrives in any process.
@@ -98,8 +104,18 @@ def train_stage(
 
     # Loop --------------------------------------------------------------------------------------------------------
     stop, watchdog = StopRequest(directory.name), Watchdog(checkpoints.watchdog_seconds, workdir / "heartbeats")
+    watched = measures(model, held_out, ask, mesh, lambda: watchdog.beat(meter.step))
+
+    def evaluate(kinds: Iterable[str]) -> None:
+        for kind in kinds:
+            found = state._replace(trainable=outcome(state, shardings))
+            meter.evaluate(kind, meter.step, functools.partial(watched[kind], found))
+            watchdog.beat(meter.step)
+
     with contextlib.closing(watchdog), explain_full_disk(directory), stop.listening():
         with contextlib.closing(saver), contextlib.closing(meter), leaving_peers():
+            if due(stage.watch, start, num_steps):  # saved, and then stopped before it was evaluated
+                evaluate(kind for kind in watched if not any_process(meter.has(kind, start)))
             for step, batch in meter.batches(loader.batches(start)):
                 state, metrics = step_fn(state, put_batch(batch, mesh))
                 meter.add(step, batch, metrics)  # waits for the step before: no more than two are in flight
@@ -109,12 +125,18 @@ def train_stage(
                     saver.save(state, wait=stopping)
                 if stopping and step < num_steps:
                     raise Interrupted(stage.name, step, num_steps, stop.signum)
+                if due(stage.watch, step, num_steps) and not stopping:
+                    evaluate(watched)
         if any_process(bool(stop.signum)):  # it came too late for a step of this stage, which is saved
             raise Interrupted(stage.name, num_steps, num_steps, stop.signum or signal.SIGTERM)
     result = meter.result() if jax.process_index() == 0 else None
+    return merge(outcome(state, shardings), state.frozen), result
+
+
+def outcome(state: TrainState, shardings: TrainState) -> dict:
+    """The trainable parameters that a stage would end with now: their moving average, where the optimiser keeps one."""
     average = averaged(state.opt_state)
-    trainable = state.trainable if average is None else jax.device_put(average, shardings.trainable)
-    return merge(trainable, state.frozen), result
+    return state.trainable if average is None else jax.device_put(average, shardings.trainable)
 
 
 def state_shardings(state: TrainState, config: ModelConfig, mesh: Mesh, offload: bool = False) -> TrainState:

@@ -8,7 +8,7 @@ import os
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -105,6 +105,23 @@ class Meter:
         if self.trace and step >= self.log.profile_steps[1]:
             self._finish()
 
+    def evaluate(self, kind: str, step: int, measure: Callable[[], dict]) -> None:
+        """Writes down and shows what `measure` finds after `step`, whose time and compilation no step's numbers hold."""
+        self._finish_step()
+        found = measure()
+        self.file.write(json.dumps({"event": kind, "stage": self.stage.name, "step": step} | found) + "\n")
+        self.file.flush()
+        for write, _ in self.writers:
+            write(step, {kind: found})
+        self.line.end()
+        print(f"  {self.stage.name} {step}/{self.num_steps}  {in_words(kind, found)}", flush=True)
+        self.compiled, self.clock = compile_seconds(), time.perf_counter()
+
+    def has(self, kind: str, step: int) -> bool:
+        """Whether an event of this kind is written down for `step`; only the first process knows."""
+        events = [] if jax.process_index() else read_events(self.path, kind)
+        return any((event["stage"], event["step"]) == (self.stage.name, step) for event in events)
+
     def close(self) -> None:
         """Waits for the last step and ends the line."""
         self._finish()
@@ -115,9 +132,7 @@ class Meter:
 
     def _finish(self) -> None:
         """Waits for the step in flight, and ends a trace with it."""
-        if self.pending:
-            pending, self.pending = self.pending, None
-            self._record(*pending)
+        self._finish_step()
         if self.trace:
             jax.profiler.stop_trace()
             print(
@@ -126,6 +141,11 @@ class Meter:
                 flush=True,
             )
             self.trace = None
+
+    def _finish_step(self) -> None:
+        if self.pending:
+            pending, self.pending = self.pending, None
+            self._record(*pending)
 
     def _record(self, step: int, batch: dict, metrics: dict) -> None:
         metrics = jax.device_get(metrics)
@@ -233,8 +253,23 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def read_events(path: Path, kind: str = "data") -> list[dict]:
-    """What else is in a metrics.jsonl: 'data', of each stage `Loader.stats()`; 'start', the time of every start."""
+    """What else is in a metrics.jsonl: 'data', of each stage `Loader.stats()`; 'start', the time of every start; 'held_out' and
+    'slim', what `train.watch` found after a step.
+    """
     return [entry for entry in _lines(path) if entry.get("event") == kind]
+
+
+def in_words(kind: str, event: dict) -> str:
+    """An event of `train.watch` on one line."""
+    if kind == "held_out":
+        values = {name: f"{loss:.4f}" for name, loss in event["loss"].items()}
+        head, tail = "held-out loss", f"{event['tokens']['all']:,} tokens"
+    else:
+        values = {name: f"{score:.0%}" for name, score in event["scores"].items()}
+        head, tail = "right", f"{event['n']:,} questions"
+    everything = values.pop("all")
+    parts = f" ({', '.join(f'{name} {value}' for name, value in values.items())})" if len(values) > 1 else ""
+    return f"{head} {everything}{parts} on {tail}, in {event['seconds']:.1f} s"
 
 
 def useful_seconds(steps: int, recent: Iterable[dict]) -> float:
@@ -287,7 +322,7 @@ def open_metrics(path: Path, stage: str, resume_step: int, event: dict) -> TextI
         return open(os.devnull, "w")
 
     def holds(entry: dict) -> bool:
-        return entry["event"] == "start" if "event" in entry else entry["step"] <= resume_step
+        return entry["event"] == "start" if entry.get("event") in ("data", "start") else entry["step"] <= resume_step
 
     kept = [entry for entry in _lines(path) if entry["stage"] != stage or holds(entry)]
     started = {"event": "start", "stage": stage, "step": resume_step, "time": round(time.time(), 2)}

@@ -92,6 +92,21 @@ def make_step(
     return step
 
 
+def make_evaluate(model: VLM, num_sources: int) -> Callable[[dict, dict, dict], dict[str, jax.Array]]:
+    """The pure function (trainable, frozen, batch) -> sums over the global batch, for `jax.jit` under `jax.set_mesh`.
+
+    `source_loss` are the summed next-token losses of each source's supervised tokens, `source_tokens` how many these are,
+    float32 [num_sources] both. Nothing is differentiated, and no dropout applied.
+    """
+
+    def evaluate(trainable: dict, frozen: dict, batch: dict) -> dict[str, jax.Array]:
+        with nn.logical_axis_rules(logical_rules()):
+            _, metrics = loss_sums(model, merge(trainable, frozen), batch, batch["loss_weights"], num_sources)
+        return {name: metrics[name] for name in ("source_loss", "source_tokens")}
+
+    return evaluate
+
+
 def _interleave(x: jax.Array, parts: int) -> jax.Array:
     """[B, ...] to [parts, B / parts, ...], every micro-batch taking rows from every data-parallel shard."""
     return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)

@@ -106,9 +106,14 @@ def verify_stage(
     splicing = splicing_for(prompt, tokenizer, tiling(model, prompt), data.tiles_per_row)
     sources = [open_source(config, log=print) for config in data.sources]
     made_with = (prompt.template, splicing, tokenizer, seed, cache_folder() / "tables", print)
-    tables = [cached_table(source, config, *made_with) for source, config in zip(sources, data.sources, strict=True)]
-    found = usable(dataclasses.replace(data, quarantine=""), sources, tables)
+    pairs = list(zip(sources, data.sources, strict=True))
+    found = usable(data, sources, [cached_table(*pair, *made_with) for pair in pairs])
     bad = [entry for entries in found.skipped.values() for entry in entries]
+    if pairs := [pair for pair in pairs if pair[1].held_out]:
+        sources, configs = zip(*pairs, strict=True)
+        tables = [cached_table(*pair, *made_with, held_out=True) for pair in pairs]
+        held_out = usable(dataclasses.replace(data, sources=configs), sources, tables)
+        bad += [entry for entries in held_out.skipped.values() for entry in entries]
     new = [entry for entry in bad if (entry["file"], entry["record"]) not in known]
     finding = Finding("ok", "records", f"{sum(found.records.values()):,} to train on")
     if new:
