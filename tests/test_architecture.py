@@ -39,7 +39,7 @@ LEAVES = {"config", "html", "progress", "templates"}
 TOP = {
     "main": set(ROOMS),
     "data_verbs": {"data"},
-    "eval_verbs": {"evals", "infer"},
+    "eval_verbs": {"data", "evals", "infer"},
     "study_verbs": {"data", "evals", "infer"},
     "job": set(ROOMS),
     "doctor": set(),
