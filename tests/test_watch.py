@@ -184,9 +184,10 @@ def test_events_come_every_k_steps_and_at_the_end(whole):
 
 def test_questions_are_some_of_the_evaluation_and_scored_by_category(world, whole, monkeypatch):
     """All right about the left half, and one of two about the right one."""
-    answers = [json.loads(line) for line in (whole / "eval" / "answers-sighted.jsonl").read_text().splitlines()[1:]]
-    prompts = {one["question_id"]: (one["prompt"], one["image"]) for one in answers}
-    truth = {one["question_id"]: one["answer"] for one in answers}
+    questions = {one.id: one for one in question_file.read_questions(world.eval.path, world.eval.images)}
+    answers = map(json.loads, (whole / "eval" / "answers-sighted.jsonl").read_text().splitlines())
+    prompts = {one["question_id"]: (one["prompt"], questions[one["question_id"]].image) for one in answers}
+    truth = {name: questions[name].answer for name in prompts}
     asked, wrong = [], []
 
     def generate(engine, requests, *, max_new_tokens, batch_size):
