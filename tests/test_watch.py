@@ -186,7 +186,9 @@ def test_questions_are_some_of_the_evaluation_and_scored_by_category(world, whol
     """All right about the left half, and one of two about the right one."""
     questions = {one.id: one for one in question_file.read_questions(world.eval.path, world.eval.images)}
     answers = map(json.loads, (whole / "eval" / "answers-sighted.jsonl").read_text().splitlines())
-    prompts = {one["question_id"]: (one["prompt"], questions[one["question_id"]].image) for one in answers}
+    prompts = {
+        one["question_id"]: (f"<image>\n{one['prompt']}", questions[one["question_id"]].image) for one in answers
+    }
     truth = {name: questions[name].answer for name in prompts}
     asked, wrong = [], []
 
