@@ -187,6 +187,8 @@ def test_features_take_the_place_of_pixels(folder, tmp_path):
     index = {path: i for i, path in enumerate(paths)}
     array = np.load(tmp_path / "f.npy", mmap_mode="r")
     made = loader(folder, features=([array], index))
+    workers = loader(folder, features=([array], index), data=dict(num_workers=1))
+    assert same(list(workers.batches()), list(made.batches()))
     assert len(pickle.dumps(made._reader)) < 30_000
     for pixels, features in zip(loader(folder).batches(), made.batches(), strict=True):
         assert features.keys() == KEYS | {"features", "tile_mask"}

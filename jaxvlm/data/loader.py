@@ -7,6 +7,7 @@ Resume needs that one number, and the hosts and workers that share the work cann
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
@@ -137,7 +138,8 @@ class Loader:
             return
         reader = self._reader
         if self.data.num_workers:
-            reader = replace(reader, plan=saved_plan(reader.plan, self._plans))
+            reader = copy.copy(reader)  # not made anew: it knows already where its features lie
+            reader.plan = saved_plan(reader.plan, self._plans)
         make = functools.partial(_step_batch, reader, self.batch_size, first, rows)
         data = grain.MapDataset.range(start_step, self.num_steps).map(make)
         threads = max(1, self.data.num_threads)
