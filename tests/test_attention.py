@@ -11,8 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxvlm.kernels import attention as kernels
-from jaxvlm.kernels import dispatch, intervals
+from jaxvlm.kernels import cpu_attention, dispatch, intervals
 from jaxvlm.kernels.attention import attention
+
+
+@pytest.fixture(params=["xla", "xla_tiles"], scope="module", autouse=True)
+def implementation(request):
+    """What serves these small calls: the reference, or tiles of 4 queries by blocks of 4 keys."""
+    with pytest.MonkeyPatch.context() as patch:
+        jax.clear_caches()  # what serves is decided while tracing
+        if request.param == "xla_tiles":
+            for name, value in (("TILE", 4), ("BLOCK", 4), ("FEWEST_PAIRS", 0)):
+                patch.setattr(cpu_attention, name, value)
+        yield request.param
+    jax.clear_caches()
 
 
 def oracle(q, k, v, k_start, k_end, scale=None, softcap=None):
@@ -123,6 +135,22 @@ def test_gradients(blocks, monkeypatch):
             assert (np.asarray(one)[ids == 0] == 0).all()
 
 
+def test_tiles_visit_the_blocks_that_they_see():
+    """In two rows: of four segments of one block each, and of one segment, whose tiles see all before them."""
+    ids = jnp.stack([jnp.repeat(jnp.arange(1, 5), cpu_attention.TILE), jnp.ones(4 * cpu_attention.TILE, int)])
+    for rows, first, count in ((ids[:1], [0, 1, 2, 3], [1, 1, 1, 1]), (ids, [0, 0, 0, 0], [1, 2, 3, 4])):
+        *_, begins, counts = cpu_attention._tiles(*intervals.causal(rows), cpu_attention.Settings(1.0, None, 1))
+        assert (begins.tolist(), counts.tolist()) == (first, count)
+
+
+def test_long_rows_on_a_cpu_take_tiles(caplog, implementation):
+    q, k, v = (jax.ShapeDtypeStruct((1, 400, heads, 16), jnp.float32) for heads in (2, 1, 1))
+    dispatch._log_choice.cache_clear()
+    with caplog.at_level(logging.INFO, dispatch.__name__):
+        jax.eval_shape(lambda *x: run(*x, *intervals.full(1, 400, 400)), q, k, v)
+    assert [r.message for r in caplog.records] == ["attention on cpu: xla_tiles"]
+
+
 def test_blocks_of_queries_equal_one_block(monkeypatch):
     q, k, v = draw(3, 2, 23, 19, 2, 3)
     k_start, k_end = np.random.default_rng(3).integers(0, 20, (2, 2, 23)).astype(np.int32)
@@ -171,7 +199,8 @@ def test_a_policy_keeps_the_output_once():
     q, k, v = draw(0, 1, 5, 7, 2, 3)
     k_start, k_end = intervals.full(1, 5, 7)
     keep = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
-    run = jax.checkpoint(lambda *x: attention(*x, k_start=k_start, k_end=k_end), policy=keep)
+    span = {"k_start": k_start, "k_end": k_end}
+    run = jax.checkpoint(lambda *x: attention(*x, **span, implementation="xla"), policy=keep)
     kept = sorted(leaf.size for leaf in jax.tree.leaves(jax.vjp(run, q, k, v)[1]) if leaf.dtype == jnp.float32)
     assert kept == sorted([q.size, k.size, v.size, q.size, q.size // q.shape[-1]])
 

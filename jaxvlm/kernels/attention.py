@@ -13,14 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxvlm.kernels import tpu_attention
-from jaxvlm.kernels.dispatch import Implementation, Implementations, backend, choose, device_kind, preferred
+from jaxvlm.kernels import cpu_attention, tpu_attention
+from jaxvlm.kernels.dispatch import Implementation, Implementations, choose, device_kind, preferred
 from jaxvlm.kernels.intervals import without_unseen
 
 # Above this many query-key pairs the XLA reference goes through the queries in blocks, so that its memory grows with
-# the length and not with its square; below it, one block is faster. On a CPU blocks that its cache holds are.
+# the length and not with its square; below it, one block is faster.
 DENSE_PAIRS = 1024 * 1024
-CPU_DENSE_PAIRS = 160 * 1024
 
 
 def attention(
@@ -183,8 +182,8 @@ def _over_blocks(block, carry, given, keys: int):
 
 
 def _num_blocks(length: int, keys: int) -> int:
-    most = min(DENSE_PAIRS, CPU_DENSE_PAIRS) if backend() == "cpu" else DENSE_PAIRS
-    return 1 if length * keys <= most else min(length, math.ceil(2 * length * keys / most))
+    pairs = length * keys
+    return 1 if pairs <= DENSE_PAIRS else min(length, math.ceil(2 * pairs / DENSE_PAIRS))
 
 
 # ---------------------------------------------------------------------------------------------------------- GPU kernels
@@ -225,6 +224,7 @@ def _ampere(*arguments) -> jax.Array:
 
 
 XLA = Implementation("xla", lambda q, k: None, _xla)
+XLA_TILES = Implementation("xla_tiles", cpu_attention.supports, cpu_attention.attention)
 PALLAS_TPU = Implementation("pallas_tpu", tpu_attention.supports, tpu_attention.attention)
 UNTRIED = "taken only by name until it has been run on a GPU"
 PALLAS_HOPPER = Implementation("pallas_hopper", hopper_supports, _hopper, UNTRIED)
@@ -232,7 +232,7 @@ PALLAS_AMPERE = Implementation("pallas_ampere", _ampere_supports, _ampere, UNTRI
 
 # In order of preference. A kernel joins by a line in its backend's list.
 IMPLEMENTATIONS: Implementations = {
-    "cpu": (XLA,),
+    "cpu": (XLA_TILES, XLA),
     "gpu": (PALLAS_HOPPER, PALLAS_AMPERE, XLA),
     "tpu": (PALLAS_TPU, XLA),
 }

@@ -1,0 +1,135 @@
+"""Interval attention on a CPU, of XLA's operations: tiles of queries visit the blocks of keys that their intervals touch.
+
+A flash kernel (Dao 2023, FlashAttention-2, algorithms 1 and 2) in two loops, of which the inner one ends where a tile's range of
+blocks does, known only at run time; rows of a batch share the range. Beside the reference, which computes all scores of a row,
+it leaves out half of a causal row and most of a packed one, and a block's scores stay in the processor's cache.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxvlm.kernels import intervals
+from jaxvlm.kernels.block_ranges import key_ranges
+from jaxvlm.kernels.flash import differentiable
+
+TILE = BLOCK = 128  # queries, keys
+FEWEST_PAIRS = 48 * 1024  # of queries and keys: below it, the reference's one product is as fast
+LOWEST = -1e30
+
+
+class Settings(NamedTuple):
+    scale: float
+    softcap: float | None
+    group: int  # query heads of a key head
+
+
+def supports(q, k) -> str | None:
+    """None, or why queries [B, S, H, h] and keys [B, T, K, h] are left to the reference."""
+    pairs = q.shape[1] * k.shape[1]
+    return None if pairs > FEWEST_PAIRS else f"{q.shape[1]} x {k.shape[1]} is one block"
+
+
+def attention(q, k, v, k_start, k_end, scale: float, softcap: float | None) -> jax.Array:
+    """As `jaxvlm.kernels.attention.attention`, for intervals within the keys."""
+    batch, length, heads, head_dim = q.shape
+    keys, kv_heads = k.shape[1:3]
+    q, k, v = intervals.without_unseen(q, k, v, k_start, k_end)
+    tiles, blocks = math.ceil(length / TILE), math.ceil(keys / BLOCK)
+
+    def padded(x, size):
+        return jnp.pad(x, [(0, 0), (0, size - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
+
+    q = padded(q, tiles * TILE).reshape(batch, tiles, TILE, kv_heads, -1, head_dim)
+    q = q.transpose(1, 0, 3, 4, 2, 5).reshape(tiles, batch, kv_heads, -1, head_dim)  # [tiles, B, K, G * TILE, h]
+    k, v = (
+        padded(x, blocks * BLOCK).reshape(batch, blocks, BLOCK, kv_heads, head_dim).transpose(1, 0, 3, 2, 4)
+        for x in (k, v)
+    )  # [blocks, B, K, BLOCK, h]
+    rows = (padded(x, tiles * TILE) for x in (k_start, k_end))
+    out = _flash(q, k, v, *rows, Settings(scale, softcap, heads // kv_heads))
+    out = out.reshape(tiles, batch, kv_heads, -1, TILE, head_dim).transpose(1, 0, 4, 2, 3, 5)
+    return out.reshape(batch, tiles * TILE, heads, head_dim)[:, :length]
+
+
+def _tiles(k_start, k_end, settings: Settings):
+    """What belongs to each tile: intervals [tiles, B, 1, G * TILE, 1], and the first block and the number of blocks, [tiles]."""
+    ranges = key_ranges(k_start, k_end, TILE, BLOCK)
+    some = ranges.count > 0
+    first = jnp.where(some, ranges.first, jnp.iinfo(jnp.int32).max).min(axis=0)
+    last = jnp.where(some, ranges.first + ranges.count, 0).max(axis=0)
+    rows = (
+        jnp.tile(x.reshape(len(x), -1, 1, TILE), settings.group).swapaxes(0, 1)[..., None] for x in (k_start, k_end)
+    )
+    return *rows, first, jnp.maximum(last - first, 0)
+
+
+def _scores(q, k, start, end, block, settings: Settings) -> tuple[jax.Array, jax.Array]:
+    """float32 [B, K, G * TILE, BLOCK], and which of them count."""
+    scores = jnp.einsum("bkrh,bkth->bkrt", q, k, preferred_element_type=jnp.float32) * settings.scale
+    if settings.softcap is not None:
+        scores = settings.softcap * jnp.tanh(scores / settings.softcap)
+    key = block * BLOCK + jnp.arange(BLOCK)
+    return scores, (start <= key) & (key < end)
+
+
+def _forward(q, k, v, k_start, k_end, settings: Settings) -> tuple[jax.Array, jax.Array]:
+    """out, of q's shape, and the scores' log-sum-exp [tiles, B, K, G * TILE]."""
+
+    def tile(_, given):
+        q, start, end, first, count = given
+
+        def visit(step, carry):
+            sums, highest, total = carry
+            scores, visible = _scores(q, k[first + step], start, end, first + step, settings)
+            new = jnp.maximum(highest, jnp.max(scores, axis=-1, keepdims=True, where=visible, initial=LOWEST))
+            weights = jnp.where(visible, jnp.exp(jnp.minimum(scores - new, 0.0)), 0.0)
+            shrink = jnp.exp(highest - new)
+            here = v[first + step]
+            more = jnp.einsum("bkrt,bkth->bkrh", weights.astype(v.dtype), here, preferred_element_type=jnp.float32)
+            return sums * shrink + more, new, total * shrink + weights.sum(axis=-1, keepdims=True)
+
+        one = jnp.zeros((*q.shape[:3], 1), jnp.float32)
+        sums, highest, total = jax.lax.fori_loop(0, count, visit, (jnp.zeros(q.shape, jnp.float32), one + LOWEST, one))
+        total = jnp.where(total == 0.0, 1.0, total)
+        return None, ((sums / total).astype(q.dtype), (highest + jnp.log(total))[..., 0])
+
+    return jax.lax.scan(tile, None, (q, *_tiles(k_start, k_end, settings)))[1]
+
+
+def _backward(q, k, v, out, lse, d_out, k_start, k_end, settings: Settings) -> tuple[jax.Array, jax.Array, jax.Array]:
+    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
+
+    def tile(sums, given):
+        q, d_out, lse, delta, start, end, first, count = given
+        lse, delta = lse[..., None], delta[..., None]
+
+        def visit(step, carry):
+            d_q, d_k, d_v = carry
+            block = first + step
+            scores, visible = _scores(q, k[block], start, end, block, settings)
+            weights = jnp.where(visible, jnp.exp(jnp.minimum(scores - lse, 0.0)), 0.0)
+            d_weights = jnp.einsum("bkrh,bkth->bkrt", d_out, v[block], preferred_element_type=jnp.float32)
+            d_scores = weights * (d_weights - delta) * settings.scale
+            if settings.softcap is not None:
+                d_scores *= 1.0 - jnp.square(scores / settings.softcap)
+            d_scores, weights = d_scores.astype(k.dtype), weights.astype(v.dtype)
+            product = dict(preferred_element_type=jnp.float32)
+            d_k = d_k.at[block].add(jnp.einsum("bkrt,bkrh->bkth", d_scores, q, **product))
+            d_v = d_v.at[block].add(jnp.einsum("bkrt,bkrh->bkth", weights, d_out, **product))
+            return d_q + jnp.einsum("bkrt,bkth->bkrh", d_scores, k[block], **product), d_k, d_v
+
+        d_q, *sums = jax.lax.fori_loop(0, count, visit, (jnp.zeros(q.shape, jnp.float32), *sums))
+        return tuple(sums), d_q.astype(q.dtype)
+
+    zeros = jnp.zeros(k.shape, jnp.float32)
+    given = (q, d_out, lse, delta, *_tiles(k_start, k_end, settings))
+    (d_k, d_v), d_q = jax.lax.scan(tile, (zeros, zeros), given)
+    return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype)
+
+
+_flash = differentiable(_forward, _backward)
