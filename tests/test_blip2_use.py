@@ -161,7 +161,7 @@ def test_greedy_answers_are_transformers_own(world):
     assert vlm.generate(asked, max_new_tokens=NEW) == texts
     if not world.reads:
         return
-    writer = Detokenizer(vlm._decode)
+    writer = Detokenizer(vlm.decode)
     pieces = [writer.add(token) for token in written[0] if token not in vlm.end_ids]
     assert list(vlm.stream(**asked[0], max_new_tokens=NEW)) == list(filter(None, [*pieces, writer.finish()]))
 
