@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -139,7 +140,12 @@ def claim_workdir(config: RunConfig, workdir: Path | epath.Path) -> None:
     """Makes the work directory this run's own, or checks that it already is. Raises `ConfigError` otherwise."""
     path, wanted = workdir / "config.json", json.loads(json.dumps(to_dict(config)))
     if path.is_file():
-        changed = [d for d in differences(json.loads(path.read_text()), wanted) if not FREE.match(d)]
+        before = json.loads(path.read_text())
+        with contextlib.suppress(
+            ConfigError
+        ):  # an older version's; one that had settings which are gone stays as it is
+            before = json.loads(json.dumps(to_dict(build(RunConfig, before))))  # new settings have their defaults
+        changed = [d for d in differences(before, wanted) if not FREE.match(d)]
         if changed:
             lines = "\n  ".join(changed[:8] + (["..."] if len(changed) > 8 else []))
             raise ConfigError(

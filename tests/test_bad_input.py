@@ -149,6 +149,10 @@ def test_diverging_loss(world, capsys):
 def test_free_settings_may_change_between_runs(world):
     folder, config = world
     job.claim_workdir(config, folder / "run")
+    path = folder / "run" / "config.json"
+    older = json.loads(path.read_text())
+    del older["stages"][0]["watch"], older["checkpoint"]["keep_every"]
+    path.write_text(json.dumps(older))  # of a version that did not have them
     job.claim_workdir(dataclasses.replace(config, log=LogConfig(every_steps=9)), folder / "run")
     with pytest.raises(UserError, match="config.seed"):
         job.claim_workdir(dataclasses.replace(config, seed=1), folder / "run")
