@@ -17,11 +17,11 @@ from jaxvlm.kernels.attention import attention
 
 @pytest.fixture(params=["xla", "xla_tiles"], scope="module", autouse=True)
 def implementation(request):
-    """What serves these small calls: the reference, or tiles of 4 queries by blocks of 4 keys."""
+    """What serves these small calls: the reference, or tiles of at most 4 queries by blocks of at most 4 keys."""
     with pytest.MonkeyPatch.context() as patch:
         jax.clear_caches()  # what serves is decided while tracing
         if request.param == "xla_tiles":
-            for name, value in (("TILE", 4), ("BLOCK", 4), ("FEWEST_PAIRS", 0)):
+            for name, value in (("LARGEST", 4), ("FEWEST_PAIRS", 0)):
                 patch.setattr(cpu_attention, name, value)
         yield request.param
     jax.clear_caches()
@@ -137,10 +137,16 @@ def test_gradients(blocks, monkeypatch):
 
 def test_tiles_visit_the_blocks_that_they_see():
     """In two rows: of four segments of one block each, and of one segment, whose tiles see all before them."""
-    ids = jnp.stack([jnp.repeat(jnp.arange(1, 5), cpu_attention.TILE), jnp.ones(4 * cpu_attention.TILE, int)])
+    ids = jnp.stack([jnp.repeat(jnp.arange(1, 5), 8), jnp.ones(32, int)])
+    settings = cpu_attention.Settings(1.0, None, 1, tile=8, block=8)
     for rows, first, count in ((ids[:1], [0, 1, 2, 3], [1, 1, 1, 1]), (ids, [0, 0, 0, 0], [1, 2, 3, 4])):
-        *_, begins, counts = cpu_attention._tiles(*intervals.causal(rows), cpu_attention.Settings(1.0, None, 1))
+        *_, begins, counts = cpu_attention._tiles(*intervals.causal(rows), settings)
         assert (begins.tolist(), counts.tolist()) == (first, count)
+
+
+def test_parts_are_even(monkeypatch):
+    monkeypatch.setattr(cpu_attention, "LARGEST", 128)
+    assert [cpu_attention.even(n) for n in (1, 128, 129, 257, 577, 2048)] == [1, 128, 65, 86, 116, 128]
 
 
 def test_long_rows_on_a_cpu_take_tiles(caplog, implementation):

@@ -17,7 +17,7 @@ from jaxvlm.kernels import intervals
 from jaxvlm.kernels.block_ranges import key_ranges
 from jaxvlm.kernels.flash import differentiable
 
-TILE = BLOCK = 128  # queries, keys
+LARGEST = 128  # queries of a tile, keys of a block
 FEWEST_PAIRS = 48 * 1024  # of queries and keys: below it, the reference's one product is as fast
 LOWEST = -1e30
 
@@ -26,6 +26,8 @@ class Settings(NamedTuple):
     scale: float
     softcap: float | None
     group: int  # query heads of a key head
+    tile: int  # queries
+    block: int  # keys
 
 
 def supports(q, k) -> str | None:
@@ -39,46 +41,51 @@ def attention(q, k, v, k_start, k_end, scale: float, softcap: float | None) -> j
     batch, length, heads, head_dim = q.shape
     keys, kv_heads = k.shape[1:3]
     q, k, v = intervals.without_unseen(q, k, v, k_start, k_end)
-    tiles, blocks = math.ceil(length / TILE), math.ceil(keys / BLOCK)
+    tile, block = even(length), even(keys)
 
     def padded(x, size):
-        return jnp.pad(x, [(0, 0), (0, size - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
+        return jnp.pad(x, [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * (x.ndim - 2))
 
-    q = padded(q, tiles * TILE).reshape(batch, tiles, TILE, kv_heads, -1, head_dim)
-    q = q.transpose(1, 0, 3, 4, 2, 5).reshape(tiles, batch, kv_heads, -1, head_dim)  # [tiles, B, K, G * TILE, h]
-    k, v = (
-        padded(x, blocks * BLOCK).reshape(batch, blocks, BLOCK, kv_heads, head_dim).transpose(1, 0, 3, 2, 4)
-        for x in (k, v)
-    )  # [blocks, B, K, BLOCK, h]
-    rows = (padded(x, tiles * TILE) for x in (k_start, k_end))
-    out = _flash(q, k, v, *rows, Settings(scale, softcap, heads // kv_heads))
-    out = out.reshape(tiles, batch, kv_heads, -1, TILE, head_dim).transpose(1, 0, 4, 2, 3, 5)
-    return out.reshape(batch, tiles * TILE, heads, head_dim)[:, :length]
+    q = padded(q, tile).reshape(batch, -1, tile, kv_heads, heads // kv_heads, head_dim)
+    q = q.transpose(1, 0, 3, 4, 2, 5).reshape(
+        -1, batch, kv_heads, heads // kv_heads * tile, head_dim
+    )  # [tiles, B, K, G * tile, h]
+    k, v = (padded(x, block).reshape(batch, -1, block, kv_heads, head_dim).transpose(1, 0, 3, 2, 4) for x in (k, v))
+    rows = (padded(x, tile) for x in (k_start, k_end))  # keys and values are [blocks, B, K, block, h]
+    out = _flash(q, k, v, *rows, Settings(scale, softcap, heads // kv_heads, tile, block))
+    out = out.reshape(-1, batch, kv_heads, heads // kv_heads, tile, head_dim).transpose(1, 0, 4, 2, 3, 5)
+    return out.reshape(batch, -1, heads, head_dim)[:, :length]
+
+
+def even(length: int) -> int:
+    """The size of the fewest equal parts that are no larger than `LARGEST`, so that little is padded."""
+    return math.ceil(length / math.ceil(length / LARGEST))
 
 
 def _tiles(k_start, k_end, settings: Settings):
-    """What belongs to each tile: intervals [tiles, B, 1, G * TILE, 1], and the first block and the number of blocks, [tiles]."""
-    ranges = key_ranges(k_start, k_end, TILE, BLOCK)
+    """What belongs to each tile: intervals [tiles, B, 1, G * tile, 1], and the first block and the number of blocks, [tiles]."""
+    ranges = key_ranges(k_start, k_end, settings.tile, settings.block)
     some = ranges.count > 0
     first = jnp.where(some, ranges.first, jnp.iinfo(jnp.int32).max).min(axis=0)
     last = jnp.where(some, ranges.first + ranges.count, 0).max(axis=0)
     rows = (
-        jnp.tile(x.reshape(len(x), -1, 1, TILE), settings.group).swapaxes(0, 1)[..., None] for x in (k_start, k_end)
+        jnp.tile(x.reshape(len(x), -1, 1, settings.tile), settings.group).swapaxes(0, 1)[..., None]
+        for x in (k_start, k_end)
     )
     return *rows, first, jnp.maximum(last - first, 0)
 
 
 def _scores(q, k, start, end, block, settings: Settings) -> tuple[jax.Array, jax.Array]:
-    """float32 [B, K, G * TILE, BLOCK], and which of them count."""
+    """float32 [B, K, G * tile, block], and which of them count."""
     scores = jnp.einsum("bkrh,bkth->bkrt", q, k, preferred_element_type=jnp.float32) * settings.scale
     if settings.softcap is not None:
         scores = settings.softcap * jnp.tanh(scores / settings.softcap)
-    key = block * BLOCK + jnp.arange(BLOCK)
+    key = block * settings.block + jnp.arange(settings.block)
     return scores, (start <= key) & (key < end)
 
 
 def _forward(q, k, v, k_start, k_end, settings: Settings) -> tuple[jax.Array, jax.Array]:
-    """out, of q's shape, and the scores' log-sum-exp [tiles, B, K, G * TILE]."""
+    """out, of q's shape, and the scores' log-sum-exp [tiles, B, K, G * tile]."""
 
     def tile(_, given):
         q, start, end, first, count = given
