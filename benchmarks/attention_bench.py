@@ -18,9 +18,7 @@ import argparse
 import importlib.util
 import json
 import os
-import platform
 import statistics
-import subprocess
 import time
 from importlib import metadata
 from pathlib import Path
@@ -32,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from shared import Case, commit, cpu_name
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from jaxvlm.kernels import intervals
@@ -42,22 +41,6 @@ DTYPE = "bfloat16" if ON_GPU else "float32"
 TOLERANCE = 0.05 if ON_GPU else 1e-4  # of the largest number compared
 CALLS = 10 if ON_GPU else 1  # in a row
 INPUTS = 3
-
-
-class Case(NamedTuple):
-    """`segment` is the mean length of the sequences in a packed row; 0 for a uniform one."""
-
-    batch: int
-    length: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    causal: bool
-    segment: int = 0
-
-    def __str__(self):
-        kind = f"packed, mean {self.segment}" if self.segment else "causal" if self.causal else "full"
-        return f"{self.batch} x {self.length}, {self.heads} over {self.kv_heads} heads of {self.head_dim}, {kind}"
 
 
 CPU_CASES = [
@@ -245,15 +228,12 @@ def numbers(x) -> np.ndarray:
     return x.detach().float().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x, np.float32)
 
 
-def measure(case: Case, rounds: int) -> dict:
-    inputs = [draw(case, seed) for seed in range(INPUTS)]
-    flops = statistics.median(useful_flops(case, each.ids) for each in inputs)
+def prepared(sides: dict, prepare) -> tuple[dict, dict[str, str]]:
+    """Of `prepare(side)`, (what will be timed, its numbers), the first, where the numbers are the first side's; or why not."""
     ready, failed, truth = {}, {}, None
-    for name, side in sides().items():
+    for name, side in sides.items():
         try:
-            runs = side(case, inputs)
-            found = [numbers(x) for x in runs[1](0)]
-            wait(runs[0](0))  # compiled
+            runs, found = prepare(side)
         except Exception as error:  # whatever another library raises: the table says it
             failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             continue
@@ -261,8 +241,22 @@ def measure(case: Case, rounds: int) -> dict:
         error = max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(found, truth, strict=True))
         if error > TOLERANCE:
             failed[name] = f"differs from ours by {error:.1e} of the largest number"
-            continue
-        ready[name] = runs
+        else:
+            ready[name] = runs
+    return ready, failed
+
+
+def measure(case: Case, rounds: int) -> dict:
+    inputs = [draw(case, seed) for seed in range(INPUTS)]
+    flops = statistics.median(useful_flops(case, each.ids) for each in inputs)
+
+    def prepare(side):
+        runs = side(case, inputs)
+        found = [numbers(x) for x in runs[1](0)]
+        wait(runs[0](0))  # compiled
+        return runs, found
+
+    ready, failed = prepared(sides(), prepare)
     times = {name: ([], []) for name in ready}
     for turn in range(rounds):
         for name, runs in ready.items():
@@ -276,12 +270,6 @@ def measure(case: Case, rounds: int) -> dict:
     return {"case": str(case), **case._asdict(), "useful_forward_flops": flops, "sides": rows, "failed": failed}
 
 
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
@@ -289,14 +277,13 @@ def main() -> None:
     options = parser.parse_args()
     threads = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     names = [n for n in ("jax", "jaxlib", "torch", "numpy", "tokamax", "flash_attn") if importlib.util.find_spec(n)]
     result = {
         "what": "attention, forward and forward with backward",
         "device": jax.devices()[0].device_kind if ON_GPU else f"{cpu_name()}, {threads} threads",
         "dtype": DTYPE,
         "versions": {name: metadata.version(name) for name in names},
-        "commit": commit,
+        "commit": commit(),
         "cases": [],
     }
     for case in GPU_CASES if ON_GPU else CPU_CASES:

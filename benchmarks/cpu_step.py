@@ -16,7 +16,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from importlib import metadata
@@ -29,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
+from shared import commit, cpu_name
 
 from jaxvlm.config import LoRAConfig, MeshConfig, ModelConfig, OptimizerConfig
 from jaxvlm.data.assets import resolve
@@ -190,9 +190,9 @@ def main() -> None:
     result = {
         "what": "quickstart stage-2 step (LoRA r16, packed) and greedy generation against transformers + torch",
         "device": f"{platform.processor() or platform.machine()}, {threads} threads",
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "versions": {n: metadata.version(n) for n in ("jax", "jaxlib", "flax", "torch", "transformers", "numpy")},
-        "commit": _commit(),
+        "commit": commit(),
         "batch": {
             "rows": batch["tokens"].shape,
             "tokens": int((batch["segment_ids"] > 0).sum()),
@@ -273,15 +273,6 @@ def _overlay(old: dict, new: dict) -> dict:
 
 def _without_adapters(tree: dict) -> dict:
     return {k: _without_adapters(v) if isinstance(v, dict) else v for k, v in tree.items() if not k.startswith("lora_")}
-
-
-def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _commit() -> str:
-    return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
 
 
 if __name__ == "__main__":

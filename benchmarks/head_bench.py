@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -26,7 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
-from attention_bench import CALLS, DTYPE, ON_GPU, TOLERANCE, cpu_name, numbers, seconds
+from attention_bench import CALLS, DTYPE, ON_GPU, numbers, prepared, seconds
+from shared import commit, cpu_name
 
 from jaxvlm.kernels.cross_entropy import linear_cross_entropy
 from jaxvlm.kernels.decode_attention import IMPLEMENTATIONS, decode_attention
@@ -117,19 +117,7 @@ def decode_sides(rows: int, heads: int, kv_heads: int, head_dim: int, slots: int
 
 def measure(sides: dict, rounds: int) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Seconds of every round by side; and why the others have none."""
-    ready, failed, truth = {}, {}, None
-    for name, run in sides.items():
-        try:
-            found = [numbers(x) for x in run(0)]
-        except Exception as error:  # whatever another library raises: the table says it
-            failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            continue
-        truth = truth or found
-        error = max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(found, truth, strict=True))
-        if error > TOLERANCE:
-            failed[name] = f"differs by {error:.1e} of the largest number"
-        else:
-            ready[name] = run
+    ready, failed = prepared(sides, lambda run: (run, [numbers(x) for x in run(0)]))
     times = {name: [] for name in ready}
     for _ in range(rounds):
         for name, run in ready.items():
@@ -152,7 +140,7 @@ def main() -> None:
         "dtype": DTYPE,
         "calls_in_a_row": CALLS,
         "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "torch", "numpy")},
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "commit": commit(),
         "cases": [],
     }
     for shape in CROSS_ENTROPY:

@@ -36,6 +36,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 from packing_bench import mixture
+from shared import commit, cpu_name
 
 from jaxvlm.config import LLMConfig, LoRAConfig, MeshConfig, ModelConfig, OptimizerConfig, VisionConfig
 
@@ -382,9 +383,6 @@ def main() -> None:
     if options.side:
         print(json.dumps(one_side(chosen[0], options.side, options.rounds, options.size)))
         return
-    from attention_bench import cpu_name
-
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     threads = len(os.sched_getaffinity(0))
     result = {
         "what": "training steps and generation of LLaVA-1.5 models against transformers + torch",
@@ -392,7 +390,7 @@ def main() -> None:
         "dtype": DTYPE,
         "attention": options.attention or "the default",
         "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "torch", "transformers")},
-        "commit": commit,
+        "commit": commit(),
         "cases": [],
     }
     print(f"{'':28s}{'jaxvlm':>14s}{'torch':>14s}{'ratio':>8s}{'MFU':>7s}{'torch':>7s}   (tokens a second)")

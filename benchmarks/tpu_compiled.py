@@ -15,10 +15,8 @@ import argparse
 import json
 import os
 import re
-import subprocess
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
 
 os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
@@ -28,6 +26,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from shared import Case, commit
 
 from jaxvlm.kernels import block_ranges, intervals, tpu_attention
 
@@ -36,22 +35,6 @@ CHIPS = {  # topology, bfloat16 FLOP/s, bytes/s (data sheets)
     "v5p": ("v5p:1x1x1", 459e12, 2.77e12),
     "v6e": ("v6e:1x1", 918e12, 1.64e12),
 }
-
-
-class Case(NamedTuple):
-    """`segment` is the mean length of the sequences in a packed row; 0 for one sequence a row. `causal` or full."""
-
-    batch: int
-    length: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    causal: bool
-    segment: int = 0
-
-    def __str__(self):
-        kind = f"packed, mean {self.segment}" if self.segment else "causal" if self.causal else "full"
-        return f"{self.batch} x {self.length}, {self.heads} over {self.kv_heads} heads of {self.head_dim}, {kind}"
 
 
 CASES = [
@@ -145,7 +128,7 @@ def main() -> None:
     result = {
         "what": "attention for TPUs, compiled and counted; nothing was run",
         "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "libtpu")},
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "commit": commit(),
         "cases": [],
     }
     for case in CASES:
