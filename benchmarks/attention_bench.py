@@ -20,9 +20,11 @@ import json
 import os
 import statistics
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch wants some of the GPU
 
@@ -54,23 +56,23 @@ GPU_CASES += [Case(16384 // s, s, 32, 8, 128, causal=True, segment=900) for s in
 
 
 class Inputs(NamedTuple):
-    """numpy: q and d_out [B, S, H, h], k and v [B, S, K, h], ids int32 [B, S]."""
+    """q and d_out [B, S, H, h], k and v [B, S, K, h] in `DTYPE`, on the device; ids int32 [B, S], numpy."""
 
-    q: np.ndarray
-    k: np.ndarray
-    v: np.ndarray
-    d_out: np.ndarray
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    d_out: jax.Array
     ids: np.ndarray
 
 
 def draw(case: Case, seed: int) -> Inputs:
-    rng = np.random.default_rng(seed)
+    rng, keys = np.random.default_rng(seed), jax.random.split(jax.random.key(seed), 4)
     ids = np.ones((case.batch, case.length), np.int32)
     if case.segment:
         ids += np.cumsum(rng.random(ids.shape) < 1 / case.segment, axis=1).astype(np.int32)
     heads = case.heads, case.kv_heads, case.kv_heads, case.heads
     shapes = [(case.batch, case.length, count, case.head_dim) for count in heads]
-    return Inputs(*(rng.normal(size=shape).astype(np.float32) for shape in shapes), ids)
+    return Inputs(*(jax.random.normal(key, shape, DTYPE) for key, shape in zip(keys, shapes, strict=True)), ids)
 
 
 def useful_flops(case: Case, ids: np.ndarray) -> float:
@@ -94,31 +96,31 @@ def of_jax(attend, prepare):
     """`prepare(case, ids)` gives what `attend(case, q, k, v, prepared)` takes beside q, k and v."""
 
     def side(case: Case, inputs: list[Inputs]):
-        forward = jax.jit(lambda q, k, v, _, more: attend(case, q, k, v, more))
+        def forward(q, k, v, _, more):
+            return attend(case, q, k, v, more)
 
-        @jax.jit
         def both(q, k, v, d_out, more):
             out, pull = jax.vjp(lambda *x: attend(case, *x, more), q, k, v)
             return out, *pull(d_out)
 
-        on_device = [(*(jnp.asarray(x, DTYPE) for x in each[:4]), prepare(case, each.ids)) for each in inputs]
-        return [lambda i, run=run: run(*on_device[i]) for run in (forward, both)]
+        given = [(*each[:4], prepare(case, each.ids)) for each in inputs]
+        compiled = [jax.jit(run).lower(*given[0]).compile() for run in (forward, both)]
+        return [lambda i, run=run: run(*given[i]) for run in compiled]
 
     return side
 
 
 def of_torch(attend, prepare):
     def side(case: Case, inputs: list[Inputs]):
-        where = dict(device="cuda" if ON_GPU else "cpu", dtype=getattr(torch, DTYPE))
-        on_device = [([torch.tensor(x).to(**where) for x in each[:4]], prepare(case, each.ids)) for each in inputs]
+        given = [([as_torch(x) for x in each[:4]], prepare(case, each.ids)) for each in inputs]
 
         def forward(i):
-            (q, k, v, _), more = on_device[i]
+            (q, k, v, _), more = given[i]
             with torch.no_grad():
                 return attend(case, q, k, v, more)
 
         def both(i):
-            (*qkv, d_out), more = on_device[i]
+            (*qkv, d_out), more = given[i]
             qkv = [x.detach().requires_grad_() for x in qkv]
             out = attend(case, *qkv, more)
             return out, *torch.autograd.grad(out, qkv, d_out)
@@ -173,8 +175,16 @@ def sdpa(backend: SDPBackend | None):
     return of_torch(attend, prepare)
 
 
+def torch_varlen(case, q, k, v, ends):
+    """All sequences one after the other, by what `torch.nn.attention.varlen` calls (not all of its versions group queries)."""
+    edges, longest = ends
+    flat = (x.flatten(0, 1) for x in (q, k, v))
+    options = 0.0, case.causal, False  # dropout, and nothing for debugging
+    return torch.ops.aten._flash_attention_forward(*flat, edges, edges, longest, longest, *options)[0].view(q.shape)
+
+
 def flash_attn(case, q, k, v, ends):
-    """The sequences of all rows one after the other."""
+    """The same of the package flash-attn."""
     from flash_attn import flash_attn_varlen_func
 
     edges, longest = ends
@@ -189,16 +199,19 @@ def sequence_edges(case, ids):
     return torch.tensor(edges, dtype=torch.int32, device="cuda"), int(np.diff(edges).max())
 
 
-def sides() -> dict:
+def sides(case: Case) -> dict:
+    """By name, ours first."""
     backend = "gpu" if ON_GPU else "cpu"
     found = {f"jaxvlm {each.name}": ours(each.name) for each in reversed(IMPLEMENTATIONS[backend])}  # XLA's first
-    found["jax.nn"] = jax_nn("xla")
+    if not ON_GPU or case.segment or case.length <= 4096:  # it keeps all scores
+        found["jax.nn"] = jax_nn("xla")
     if not ON_GPU:
         return found | {"torch sdpa": sdpa(None)}
     found["jax.nn cuDNN"] = jax_nn("cudnn")
     if torch.cuda.is_available():
         kinds = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION, "default": None}
         found |= {f"torch sdpa, {name}": sdpa(kind) for name, kind in kinds.items()}
+        found["torch varlen"] = of_torch(torch_varlen, sequence_edges)
         if importlib.util.find_spec("flash_attn"):
             found["flash-attn varlen"] = of_torch(flash_attn, sequence_edges)
     if importlib.util.find_spec("tokamax"):
@@ -224,40 +237,59 @@ def seconds(run, i: int) -> float:
     return (time.perf_counter() - start) / CALLS
 
 
-def numbers(x) -> np.ndarray:
-    return x.detach().float().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x, np.float32)
+def as_torch(x: jax.Array) -> torch.Tensor:
+    """The same memory on a GPU, a copy on a CPU (whose arrays torch may not write)."""
+    return torch.from_dlpack(x) if ON_GPU else torch.tensor(np.asarray(x))
 
 
-def prepared(sides: dict, prepare) -> tuple[dict, dict[str, str]]:
-    """Of `prepare(side)`, (what will be timed, its numbers), the first, where the numbers are the first side's; or why not."""
+def numbers(x) -> jax.Array:
+    return jnp.from_dlpack(x.detach().contiguous()) if isinstance(x, torch.Tensor) else x
+
+
+@jax.jit
+def difference(found, truth) -> jax.Array:
+    """The largest, as a share of the largest number."""
+    found, truth = found.astype(jnp.float32), truth.astype(jnp.float32)
+    return jnp.abs(found - truth).max() / jnp.abs(truth).max()
+
+
+def prepared(sides: dict, build: Callable, results: Callable) -> tuple[dict[str, Any], dict[str, str]]:
+    """Of every side what `build(side)` gives, where its `results` are those of the first; or why it is left out.
+
+    All are built (compiled) at once; the results are compared one by one.
+    """
     ready, failed, truth = {}, {}, None
-    for name, side in sides.items():
-        try:
-            runs, found = prepare(side)
-        except Exception as error:  # whatever another library raises: the table says it
-            failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            continue
-        truth = truth or found
-        error = max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(found, truth, strict=True))
-        if error > TOLERANCE:
-            failed[name] = f"differs from ours by {error:.1e} of the largest number"
-        else:
-            ready[name] = runs
+    with ThreadPoolExecutor() as pool:
+        building = {name: pool.submit(build, side) for name, side in sides.items()}
+        for name, each in building.items():
+            try:
+                built = each.result()
+                found = [numbers(x) for x in results(built)]
+                truth = truth or found
+                error = max(float(difference(*pair)) for pair in zip(found, truth, strict=True))
+            except Exception as error:  # whatever another library raises: the table says it
+                failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                continue
+            if error <= TOLERANCE:
+                ready[name] = built
+            else:  # NaN too
+                failed[name] = f"differs from ours by {error:.1e} of the largest number"
     return ready, failed
 
 
-def measure(case: Case, rounds: int) -> dict:
+def measure(case: Case, rounds: int, wanted: list[str]) -> dict:
     inputs = [draw(case, seed) for seed in range(INPUTS)]
     flops = statistics.median(useful_flops(case, each.ids) for each in inputs)
-
-    def prepare(side):
-        runs = side(case, inputs)
-        found = [numbers(x) for x in runs[1](0)]
-        wait(runs[0](0))  # compiled
-        return runs, found
-
-    ready, failed = prepared(sides(), prepare)
+    chosen = {
+        name: side
+        for number, (name, side) in enumerate(sides(case).items())
+        if not (number and wanted) or any(text in name for text in wanted)
+    }
+    ready, failed = prepared(chosen, lambda side: side(case, inputs), lambda runs: runs[1](0))
     times = {name: ([], []) for name in ready}
+    for runs in ready.values():
+        for run in runs:
+            seconds(run, 1)  # once, untimed
     for turn in range(rounds):
         for name, runs in ready.items():
             for taken, run in zip(times[name], runs, strict=True):
@@ -273,6 +305,8 @@ def measure(case: Case, rounds: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--case", action="append", default=[], help="cases with this text alone (repeatable)")
+    parser.add_argument("--side", action="append", default=[], help="sides with this text and the first (repeatable)")
     parser.add_argument("--out", default="benchmarks/results/attention.json")
     options = parser.parse_args()
     threads = len(os.sched_getaffinity(0))
@@ -287,7 +321,9 @@ def main() -> None:
         "cases": [],
     }
     for case in GPU_CASES if ON_GPU else CPU_CASES:
-        measured = measure(case, options.rounds)
+        if options.case and not any(text in str(case) for text in options.case):
+            continue
+        measured = measure(case, options.rounds, options.side)
         result["cases"].append(measured)
         print(f"{case}\n  {'':24s}{'forward':>12s}{'GFLOP/s':>9s}{'+ backward':>12s}{'GFLOP/s':>9s}")
         for name, row in measured["sides"].items():

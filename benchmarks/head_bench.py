@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
-from attention_bench import CALLS, DTYPE, ON_GPU, numbers, prepared, seconds
+from attention_bench import CALLS, DTYPE, ON_GPU, as_torch, prepared, seconds
 from shared import commit, cpu_name
 
 from jaxvlm.kernels.cross_entropy import linear_cross_entropy
@@ -36,61 +36,64 @@ BANDWIDTH = {
     "NVIDIA H100": 3.35e12,
     "NVIDIA H200": 4.8e12,
 }  # bytes/s, data sheets (A100 80 GB, SXM)
-CROSS_ENTROPY = [(4096, 4096, 128256)] if ON_GPU else [(512, 576, 49152)]  # tokens, width, vocabulary
+# tokens, width, vocabulary, and the share of the tokens that is supervised
+CROSS_ENTROPY = [(*((4096, 4096, 128256) if ON_GPU else (512, 576, 49152)), share) for share in (1.0, 0.5)]
 # rows, heads, key heads, head dimension, slots, mean of what a row sees of them
 DECODE = [(32, 32, 8, 128, 4096, 4096), (32, 32, 8, 128, 4096, 2000), (1, 32, 32, 128, 4096, 4096)]
 DECODE = DECODE if ON_GPU else [(32, 9, 3, 64, 256, 256), (32, 9, 3, 64, 1024, 500)]
 LAYERS = 4
-DEVICE = "cuda" if ON_GPU else "cpu"
 
 
-def torch_of(x: np.ndarray) -> torch.Tensor:
-    kind = getattr(torch, DTYPE) if x.dtype == np.float32 else None
-    return torch.tensor(x, device=DEVICE, dtype=kind)
+def cross_entropy_sides(tokens: int, width: int, vocabulary: int, supervised: float) -> dict:
+    """Of each side what makes its call, which gives loss and gradients of hidden states and head; jax's with its program.
 
-
-def cross_entropy_sides(tokens: int, width: int, vocabulary: int) -> tuple[dict, dict]:
-    """Of each side a call that gives (loss, gradients of hidden states and head), and of jax's their compiled functions."""
-    rng = np.random.default_rng(0)
-    hidden, head = (rng.normal(size=size).astype(np.float32) for size in ((tokens, width), (width, vocabulary)))
-    head, targets = head / width**0.5, rng.integers(0, vocabulary, tokens)
-    weights = (rng.random(tokens) < 0.5).astype(np.float32) / tokens * 2
+    The head is float32, as trained parameters are, and cast for the products.
+    """
+    keys = jax.random.split(jax.random.key(0), 4)
+    hidden = jax.random.normal(keys[0], (tokens, width), DTYPE)
+    head = jax.random.normal(keys[1], (width, vocabulary)) / width**0.5
+    targets = jax.random.randint(keys[2], (tokens,), 0, vocabulary)
+    weights = jnp.where(jax.random.uniform(keys[3], (tokens,)) < supervised, 1 / (tokens * supervised), 0.0)
 
     def fused(hidden, head, targets, weights):
         return linear_cross_entropy(hidden[None], head, targets[None], weights[None])[0]
 
     def logits(hidden, head, targets, weights):
-        values = (hidden @ head).astype(jnp.float32)
+        values = (hidden @ head.astype(DTYPE)).astype(jnp.float32)
         return (optax.softmax_cross_entropy_with_integer_labels(values, targets) * weights).sum()
 
-    given = [jnp.asarray(x, DTYPE) for x in (hidden, head)] + [jnp.asarray(targets, jnp.int32), jnp.asarray(weights)]
-    compiled = {
-        name: jax.jit(jax.value_and_grad(run, argnums=(0, 1))).lower(*given).compile()
-        for name, run in (("jaxvlm", fused), ("jax, logits and optax", logits))
+    def of_jax(run):
+        given = hidden, head, targets, weights
+        compiled = jax.jit(jax.value_and_grad(run, argnums=(0, 1))).lower(*given).compile()
+        return lambda _: jax.tree.leaves(compiled(*given)), compiled.memory_analysis().temp_size_in_bytes
+
+    def of_torch():
+        given = [as_torch(x) for x in (hidden, head, targets, weights)]
+
+        def run(_):
+            hidden, head = (x.detach().requires_grad_() for x in given[:2])
+            values = (hidden @ head.to(hidden.dtype)).float()
+            loss = (torch.nn.functional.cross_entropy(values, given[2].long(), reduction="none") * given[3]).sum()
+            return loss, *torch.autograd.grad(loss, (hidden, head))
+
+        return run, None
+
+    return {
+        "jaxvlm": lambda: of_jax(fused),
+        "jax, logits and optax": lambda: of_jax(logits),
+        "torch, logits": of_torch,
     }
-    ready = {name: lambda _, run=run: jax.tree.leaves(run(*given)) for name, run in compiled.items()}
-    on_device = [torch_of(x) for x in (hidden, head, targets, weights)]
-
-    def theirs(_):
-        hidden, head = (x.detach().requires_grad_() for x in on_device[:2])
-        each = torch.nn.functional.cross_entropy((hidden @ head).float(), on_device[2], reduction="none")
-        loss = (each * on_device[3].float()).sum()
-        return loss, *torch.autograd.grad(loss, (hidden, head))
-
-    return ready | {"torch, logits": theirs}, compiled
 
 
 def decode_sides(rows: int, heads: int, kv_heads: int, head_dim: int, slots: int, mean: int) -> tuple[dict, int]:
-    """Of each side a call that gives the output, and the bytes of keys and values that the rows see."""
-    rng = np.random.default_rng(0)
-    q = rng.normal(size=(rows, heads, head_dim)).astype(np.float32)
-    k, v = rng.normal(size=(2, LAYERS, rows, kv_heads, slots, head_dim)).astype(np.float32)
+    """Of each side what makes its call, which gives the output; and the bytes of keys and values that the rows see."""
+    keys, rng = jax.random.split(jax.random.key(0), 3), np.random.default_rng(0)
+    q = jax.random.normal(keys[0], (rows, heads, head_dim), DTYPE)
+    k, v = (jax.random.normal(key, (LAYERS, rows, kv_heads, slots, head_dim), DTYPE) for key in keys[1:])
     spread = min(mean, slots - mean)
     end = rng.integers(mean - spread, mean + spread + 1, rows).clip(1).astype(np.int32)
-    given = [jnp.asarray(x, DTYPE) for x in (q, k, v)]
 
-    def ours(name):
-        @jax.jit
+    def of_jax(name):
         def run(q, k, v, end):
             def layer(q, number):
                 span = {"k_start": jnp.zeros(rows, jnp.int32), "k_end": end}
@@ -98,31 +101,39 @@ def decode_sides(rows: int, heads: int, kv_heads: int, head_dim: int, slots: int
 
             return jax.lax.scan(layer, q, jnp.arange(LAYERS))[0]
 
-        return lambda _: [run(*given, jnp.asarray(end))]
+        given = q, k, v, jnp.asarray(end)
+        compiled = jax.jit(run).lower(*given).compile()
+        return lambda _: [compiled(*given)], None
 
-    found = {f"jaxvlm {each.name}": ours(each.name) for each in reversed(IMPLEMENTATIONS["gpu" if ON_GPU else "cpu"])}
-    one, *caches = torch_of(q)[:, :, None], torch_of(k), torch_of(v)
-    mask = torch_of(np.arange(slots) < end[:, None])[:, None, None]
+    def of_torch():
+        one, *caches = as_torch(q)[:, :, None], as_torch(k), as_torch(v)
+        mask = torch.tensor(np.arange(slots) < end[:, None], device=one.device)[:, None, None]
 
-    def theirs(_):
-        x = one
-        with torch.no_grad():
-            for pair in zip(*caches, strict=True):
-                x = torch.nn.functional.scaled_dot_product_attention(x, *pair, mask, enable_gqa=heads != kv_heads)
-        return [x[:, :, 0]]
+        def run(_):
+            x = one
+            with torch.no_grad():
+                for pair in zip(*caches, strict=True):
+                    x = torch.nn.functional.scaled_dot_product_attention(x, *pair, mask, enable_gqa=heads != kv_heads)
+            return [x[:, :, 0]]
 
+        return run, None
+
+    names = [each.name for each in reversed(IMPLEMENTATIONS["gpu" if ON_GPU else "cpu"])]
+    found = {f"jaxvlm {name}": lambda name=name: of_jax(name) for name in names}
     item = jnp.dtype(DTYPE).itemsize
-    return found | {"torch sdpa": theirs}, 2 * LAYERS * int(end.sum()) * kv_heads * head_dim * item
+    return found | {"torch sdpa": of_torch}, 2 * LAYERS * int(end.sum()) * kv_heads * head_dim * item
 
 
-def measure(sides: dict, rounds: int) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Seconds of every round by side; and why the others have none."""
-    ready, failed = prepared(sides, lambda run: (run, [numbers(x) for x in run(0)]))
+def measure(sides: dict, rounds: int) -> tuple[dict, dict[str, list[float]], dict[str, str]]:
+    """What was made of every side and its seconds of every round; and why the others have none."""
+    ready, failed = prepared(sides, lambda make: make(), lambda made: made[0](0))
     times = {name: [] for name in ready}
-    for _ in range(rounds):
-        for name, run in ready.items():
-            times[name].append(seconds(run, 0))
-    return times, failed
+    for turn in range(rounds + 1):
+        for name, (run, _) in ready.items():
+            taken = seconds(run, 0)
+            if turn:  # not the first
+                times[name].append(taken)
+    return ready, times, failed
 
 
 def main() -> None:
@@ -144,16 +155,15 @@ def main() -> None:
         "cases": [],
     }
     for shape in CROSS_ENTROPY:
-        sides, compiled = cross_entropy_sides(*shape)
-        times, failed = measure(sides, options.rounds)
-        case = "cross-entropy, {} tokens x {} x {}".format(*shape)
-        memory = {name: run.memory_analysis().temp_size_in_bytes for name, run in compiled.items()}
+        ready, times, failed = measure(cross_entropy_sides(*shape), options.rounds)
+        case = "cross-entropy, {} tokens x {} x {}, {:.0%} supervised".format(*shape)
+        memory = {name: size for name, (_, size) in ready.items() if size is not None}
         notes = {name: f"{size / 2**20:.0f} MiB beside inputs and results" for name, size in memory.items()}
         show(case, times, failed, notes)
         result["cases"].append({"case": case, "seconds": times, "failed": failed, "temporary_bytes": memory})
     for shape in DECODE:
         sides, moved = decode_sides(*shape)
-        times, failed = measure(sides, options.rounds)
+        _, times, failed = measure(sides, options.rounds)
         case = "decoding, {} rows, {} over {} heads of {}, {} slots, {} seen".format(*shape)
         notes = {}
         for name, taken in times.items():

@@ -85,7 +85,7 @@ PROMPT_TEXT = 48  # tokens of a prompt beside its image
 
 
 def model_of(case: Case) -> ModelConfig:
-    vision, remat = CLIP_L if ON_GPU else TOY_CLIP, "full" if case.trainable else "none"
+    vision, remat = CLIP_L if ON_GPU else TOY_CLIP, "dots" if case.trainable else "none"  # what fits 80 GB
     return ModelConfig(vision=vision, llm=case.llm, dtype=DTYPE, remat=remat, attention=os.environ.get(ATTENTION, ""))
 
 

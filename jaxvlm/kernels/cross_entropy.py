@@ -1,9 +1,9 @@
 """The language model's head and its cross-entropy in one function, for supervised positions only.
 
 Instruction data supervises a small part of its tokens, and the head of a small model with a large vocabulary costs as
-much as all its layers. So each row's supervised positions are moved to its front, and only as many chunks as the
-fullest row needs are computed. No [.., V] array outlives its chunk: the gradients are made in the same loop that makes
-the loss (as Liger Kernel does, kernels §2), which also saves the backward pass its second product with the head.
+much as all its layers. So the supervised tokens of all rows are moved to the front, and only as many chunks as they fill
+are computed. No [.., V] array outlives its chunk: the gradients are made in the same loop that makes the loss (as Liger
+Kernel does, Hsu et al. 2024), which also saves the backward pass its second product with the head.
 """
 
 import math
@@ -13,6 +13,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+
+from jaxvlm.kernels.dispatch import backend
 
 
 class Split(NamedTuple):
@@ -26,6 +28,11 @@ class Split(NamedTuple):
 
 ONE_DEVICE = Split((), (), (), ())
 
+# Tokens in a chunk. The head's gradient is read and written once for each, so that fewer would keep an accelerator waiting
+# for its memory; more is more padding in the last chunk. A CPU computes less in the time that it takes to read a number.
+CHUNK = {"cpu": 256}
+ACCELERATORS_CHUNK = 1024
+
 
 def linear_cross_entropy(
     hidden: jax.Array,
@@ -35,7 +42,7 @@ def linear_cross_entropy(
     *,
     bias: jax.Array | None = None,
     softcap: float | None = None,
-    chunk: int = 64,
+    chunk: int | None = None,
     split: Split | None = None,
     transposed: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -48,10 +55,11 @@ def linear_cross_entropy(
         hidden: [B, S, D]; its dtype is the compute dtype of the three products, which accumulate in float32.
         kernel: [D, V]; cast to hidden's dtype.
         targets: int32 [B, S]; not read where the weight is 0.
-        weights: float32 [B, S]; positions of weight 0 cost nothing beyond the padding of the last chunk.
+        weights: float32 [B, S]; tokens of weight 0 cost nothing beyond the padding of the last chunk.
         bias: [V], added to the logits in float32, or None.
         softcap: the logits become softcap * tanh(logits / softcap), after the bias.
-        chunk: positions of each row that are computed at once; [B, chunk, V] float32 logits exist at a time.
+        chunk: tokens that are computed at once, so that [chunk, V] float32 logits exist at a time; None for what suits the
+            device.
         split: how the arrays lie on a mesh. Each device then goes through its own part of the rows; the kernel's width is
             gathered once before, and its gradient summed over devices once after the loop.
         transposed: the kernel is [V, D], as a table of embeddings is, which turned over would be copied.
@@ -70,6 +78,8 @@ def linear_cross_entropy(
             f"linear_cross_entropy: hidden {hidden.shape}, kernel {kernel.shape}, targets {targets.shape} "
             f"and weights {weights.shape} do not fit together."
         )
+    hidden, targets = jnp.asarray(hidden), jnp.asarray(targets)  # numpy's cannot be indexed in a loop
+    chunk = chunk or CHUNK.get(backend(), ACCELERATORS_CHUNK)
     settings = chunk, softcap, split, transposed
     loss, nll = _weighted_sum(hidden, kernel, bias, targets, jax.lax.stop_gradient(weights), settings)
     return loss, jax.lax.stop_gradient(nll)
@@ -125,31 +135,30 @@ def _local(hidden, kernel, bias, targets, weights, *, chunk, softcap, split, tra
     """`_compute` of one device's part; what it gives is summed over devices."""
     want_hidden, want_kernel, want_bias = wanted
     shards = split.rows + split.length
-    batch, length, width = hidden.shape
-    chunk = min(chunk, length)
-    padded = math.ceil(length / chunk) * chunk
+    shape, width = targets.shape, hidden.shape[2]
+    hidden, targets, weights = hidden.reshape(-1, width), targets.reshape(-1), weights.reshape(-1)  # [N, D], [N]
+    chunk = min(chunk, len(targets))
+    padded = math.ceil(len(targets) / chunk) * chunk
     dv = _oriented("dv", transposed)
     width_axis = dv.index("d")
     head = jax.lax.all_gather(kernel.astype(hidden.dtype), split.width, axis=width_axis, tiled=True)
     first = jax.lax.axis_index(split.vocab) * head.shape[dv.index("v")]  # of this device's part of the vocabulary
 
     supervised = weights != 0
-    order = jnp.argsort(~supervised, axis=1, stable=True)  # [B, S], supervised positions first
-    rank = jnp.argsort(order, axis=1)  # where each position went
-    order = jnp.pad(order, ((0, 0), (0, padded - length)))
-    weights = jnp.pad(jnp.take_along_axis(weights, order[:, :length], axis=1), ((0, 0), (0, padded - length)))
-    targets = jnp.take_along_axis(targets, order, axis=1)
-    fullest = jax.lax.pmax(jnp.max(jnp.sum(supervised, axis=1)), shards)
+    order = jnp.argsort(~supervised, stable=True)  # [N], supervised tokens first
+    rank = jnp.argsort(order)  # where each token went
+    targets, weights = (jnp.pad(x[order], (0, padded - len(x))) for x in (targets, weights))
+    order = jnp.pad(order, (0, padded - len(order)))
+    fullest = jax.lax.pmax(jnp.sum(supervised), shards)
     num_chunks = (fullest + chunk - 1) // chunk  # the loop's length is data, and the same on all devices
 
     def body(i, carry):
         nll, dhidden, dkernel, dbias = carry
-        take = partial(jax.lax.dynamic_slice_in_dim, start_index=i * chunk, slice_size=chunk, axis=1)
-        put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * chunk, axis=1)
-        weight = take(weights)[..., None]  # [B, C, 1]
-        x = jnp.take_along_axis(hidden, take(order)[..., None], axis=1)
-        x = jnp.where(weight != 0, x, 0)  # what is not supervised may hold anything
-        logits = jnp.einsum(f"bcd,{dv}->bcv", x, head, preferred_element_type=jnp.float32)
+        take = partial(jax.lax.dynamic_slice_in_dim, start_index=i * chunk, slice_size=chunk)
+        put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * chunk, axis=0)
+        weight = take(weights)[:, None]  # [C, 1]
+        x = jnp.where(weight != 0, hidden[take(order)], 0)  # what is not supervised may hold anything
+        logits = jnp.einsum(f"cd,{dv}->cv", x, head, preferred_element_type=jnp.float32)
         if bias is not None:
             logits = logits + bias.astype(jnp.float32)
         if softcap is not None:
@@ -157,35 +166,35 @@ def _local(hidden, kernel, bias, targets, weights, *, chunk, softcap, split, tra
         highest = jax.lax.pmax(jnp.max(logits, axis=-1, keepdims=True), split.vocab)
         total = jnp.sum(jnp.exp(logits - highest), axis=-1, keepdims=True)
         # A comparison and not a gather: of a vocabulary that is split, one device has the target and the others nothing.
-        hit = first + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == take(targets)[..., None]
+        hit = first + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == take(targets)[:, None]
         right = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1, keepdims=True)
         total, right = jax.lax.psum((total, right), split.vocab)
         log_total = highest + jnp.log(total)
-        nll = put(nll, jnp.where(weight != 0, log_total - right, 0.0)[..., 0])
+        nll = put(nll, jnp.where(weight != 0, log_total - right, 0.0)[:, 0])
         if any(wanted):
-            dlogits = (jnp.exp(logits - log_total) - hit) * weight  # [B, C, V]
+            dlogits = (jnp.exp(logits - log_total) - hit) * weight  # [C, V]
             if softcap is not None:
                 dlogits = dlogits * (1 - jnp.square(logits / softcap))  # of tanh, by its value
             if want_bias:
-                dbias = dbias + jnp.sum(dlogits, axis=(0, 1))
+                dbias = dbias + jnp.sum(dlogits, axis=0)
             dlogits = dlogits.astype(x.dtype)
         if want_hidden:
-            dhidden = put(dhidden, jnp.einsum(f"bcv,{dv}->bcd", dlogits, head))
+            dhidden = put(dhidden, jnp.einsum(f"cv,{dv}->cd", dlogits, head))
         if want_kernel:
-            dkernel = dkernel + jnp.einsum(f"bcd,bcv->{dv}", x, dlogits, preferred_element_type=jnp.float32)
+            dkernel = dkernel + jnp.einsum(f"cd,cv->{dv}", x, dlogits, preferred_element_type=jnp.float32)
         return nll, dhidden, dkernel, dbias
 
     carry = (
-        jnp.zeros((batch, padded), jnp.float32),
-        jnp.zeros((batch, padded, width), hidden.dtype) if want_hidden else None,
+        jnp.zeros(padded, jnp.float32),
+        jnp.zeros((padded, width), hidden.dtype) if want_hidden else None,
         jnp.zeros(head.shape, jnp.float32) if want_kernel else None,
         jnp.zeros(bias.shape, jnp.float32) if want_bias else None,
     )
     nll, dhidden, dkernel, dbias = jax.lax.fori_loop(0, num_chunks, body, carry)
     loss = jax.lax.psum(jnp.sum(nll * weights), shards)
-    nll = jnp.take_along_axis(nll, rank, axis=1)
+    nll = nll[rank].reshape(shape)
     if want_hidden:
-        dhidden = jax.lax.psum(jnp.take_along_axis(dhidden, rank[..., None], axis=1), split.vocab)
+        dhidden = jax.lax.psum(dhidden[rank], split.vocab).reshape(*shape, width)
     if want_kernel:
         others = tuple(axis for axis in shards if axis not in split.width)
         # Scattered first: what crosses the other axes, slower networks among them, is a part.
