@@ -33,7 +33,7 @@ pytestmark = [
 if jax.__version_info__ >= (0, 11, 2):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    from jaxvlm.kernels import ampere_attention, hopper_attention
+    from jaxvlm.kernels import ampere_attention, hopper_attention, hopper_pieces
 
     MODULES = {"hopper": hopper_attention, "ampere": ampere_attention}
 
@@ -55,6 +55,15 @@ def interpreted(monkeypatch):
     mlir.register_lowering(primitives.mma_p, product, platform="cpu")
     yield
     assert not gpu_callbacks.get_races().races_found
+
+
+@pytest.fixture
+def several_heads_of_a_block(monkeypatch):
+    """As of large inputs."""
+    monkeypatch.setattr(hopper_pieces, "MULTIPROCESSORS", 0)
+    with_gradients.cache_clear()
+    yield
+    with_gradients.cache_clear()
 
 
 def drawn(seed: int, shape: tuple) -> list[jax.Array]:
@@ -153,6 +162,24 @@ def test_values_and_gradients_equal_the_reference(interpreted):
 )
 def test_more_blocks_than_the_ring_holds_and_wide_heads(kernel, shape, kind, interpreted):
     compare(kernel, shape, drawn(1, shape), packed(1, *shape[:2], kind))
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind"), [((200, 200, 2, 2, 64, None), "causal"), ((140, 300, 1, 2, 128, 5.0), "any")], ids=str
+)
+def test_several_heads_one_after_the_other(shape, kind, interpreted, several_heads_of_a_block):
+    compare_poisoned("hopper", shape, 3, kind)
+
+
+@pytest.mark.parametrize("kernel", ["hopper", "ampere"])
+def test_no_intervals(kernel, interpreted):
+    """All queries see all keys."""
+    shape = SHAPES[1]
+    given = drawn(4, shape)
+    found = with_gradients(kernel, shape[5])(*given, None, None)
+    expected = with_gradients(kernel, shape[5])(*given, *intervals.full(2, *shape[:2]))
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
 
 
 def test_blocks_that_need_no_mask():

@@ -6,7 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_gpu_attention import DECODING, SHAPES, compare_decoding, compare_poisoned, drawn, packed, with_gradients
+from test_gpu_attention import (
+    DECODING,
+    SHAPES,
+    compare_decoding,
+    compare_poisoned,
+    drawn,
+    packed,
+    several_heads_of_a_block,  # noqa: F401
+    with_gradients,
+)
 
 from jaxvlm.kernels import attention as kernels
 
@@ -42,6 +51,17 @@ def test_values_and_gradients_equal_the_reference(kernel, shape, kind):
     run = with_gradients(kernel, shape[5])
     for one, other in zip(run(*inputs, *span), run(*inputs, *span), strict=True):
         np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
+
+
+@pytest.mark.usefixtures("several_heads_of_a_block")
+def test_several_heads_one_after_the_other():
+    skip_unless_served("hopper", 128)
+    for shape, kind in [
+        ((577, 577, 4, 1, 64, None), "bidirectional"),
+        ((900, 900, 2, 4, 128, None), "causal"),
+        MORE[1],
+    ]:
+        compare_poisoned("hopper", shape, 3, kind)
 
 
 @pytest.mark.parametrize("shape", DECODING, ids=str)

@@ -34,7 +34,7 @@ def attention(q, k, v, k_start, k_end, scale: float, softcap: float | None) -> j
     length, head_dim = q.shape[1], q.shape[3]
     tile, block = sizes(head_dim)
     whole = max(tile, block)
-    q, k, v = intervals.without_unseen(q, k, v, k_start, k_end)
+    q, k, v, k_start, k_end = intervals.cleaned(q, k, v, k_start, k_end)
 
     def prepared(x):  # [B, S, H, h] to [B, H, S', h']
         return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, -x.shape[1] % whole), (0, -head_dim % 16)))

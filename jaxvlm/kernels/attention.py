@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxvlm.kernels import cpu_attention, tpu_attention
 from jaxvlm.kernels.dispatch import Implementation, Implementations, choose, device_kind, preferred
-from jaxvlm.kernels.intervals import without_unseen
+from jaxvlm.kernels.intervals import cleaned
 
 # Above this many query-key pairs the XLA reference goes through the queries in blocks, so that its memory grows with
 # the length and not with its square; below it, one block is faster.
@@ -27,8 +27,8 @@ def attention(
     k: jax.Array,
     v: jax.Array,
     *,
-    k_start: jax.Array,
-    k_end: jax.Array,
+    k_start: jax.Array | None = None,
+    k_end: jax.Array | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     implementation: str | None = None,
@@ -44,6 +44,7 @@ def attention(
         q: [B, S, H, h].
         k, v: [B, T, K, h] with K dividing H.
         k_start, k_end: int32 [B, S]; see `jaxvlm.kernels.intervals`. What is outside 0 to T counts as cut off.
+            None for both where every query sees every key, which spares a kernel to look.
         scale: multiplies the scores; h**-0.5 when None.
         softcap: bounds the scaled scores smoothly, softcap * tanh(score / softcap) (Gemma 2, Riviere et al. 2024, §2).
         implementation: forces one by name; None takes the first that supports the call.
@@ -55,7 +56,8 @@ def attention(
         ValueError: shapes that do not fit together, or a forced implementation that cannot serve the call.
     """
     _check_shapes(q, k, v, k_start, k_end)
-    k_start, k_end = jnp.maximum(k_start, 0), jnp.minimum(k_end, k.shape[1])
+    if k_start is not None:
+        k_start, k_end = jnp.maximum(k_start, 0), jnp.minimum(k_end, k.shape[1])
     chosen = choose("attention", IMPLEMENTATIONS, jax.typeof(q), jax.typeof(k), implementation)
     return chosen.run(q, k, v, k_start, k_end, q.shape[-1] ** -0.5 if scale is None else scale, softcap)
 
@@ -85,6 +87,10 @@ def _check_shapes(q, k, v, k_start, k_end):
         raise ValueError(f"attention: q {q.shape}, k {k.shape} and v {v.shape} do not fit together.")
     if heads % k.shape[2]:
         raise ValueError(f"attention: {heads} query heads cannot share {k.shape[2]} key heads; K must divide H.")
+    if k_start is None and k_end is None:
+        return
+    if k_start is None or k_end is None:
+        raise ValueError("attention: k_start and k_end are both given or both None.")
     if k_start.shape != (batch, length) or k_end.shape != (batch, length):
         raise ValueError(f"attention: k_start {k_start.shape} and k_end {k_end.shape} must be {(batch, length)}.")
 
@@ -95,7 +101,7 @@ def _check_shapes(q, k, v, k_start, k_end):
 def _xla(q, k, v, k_start, k_end, scale, softcap):
     """The reference: dense for short sequences, over blocks of queries for long ones."""
     batch, length, heads, head_dim = q.shape
-    q, k, v = without_unseen(q, k, v, k_start, k_end)
+    q, k, v, k_start, k_end = cleaned(q, k, v, k_start, k_end)
     grouped = q.reshape(batch, length, k.shape[2], -1, head_dim)  # [B, S, K, G, h]
     return _softmax_product(grouped, k, v, k_start, k_end, scale, softcap).reshape(q.shape)
 

@@ -40,7 +40,7 @@ def attention(q, k, v, k_start, k_end, scale: float, softcap: float | None) -> j
     """As `jaxvlm.kernels.attention.attention`, for intervals within the keys."""
     batch, length, heads, head_dim = q.shape
     keys, kv_heads = k.shape[1:3]
-    q, k, v = intervals.without_unseen(q, k, v, k_start, k_end)
+    q, k, v, k_start, k_end = intervals.cleaned(q, k, v, k_start, k_end)
     tile, block = even(length), even(keys)
 
     def padded(x, size):

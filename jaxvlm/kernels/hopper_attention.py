@@ -19,22 +19,23 @@ from jaxvlm.kernels import intervals
 from jaxvlm.kernels.flash import differentiable
 from jaxvlm.kernels.hopper_backward import key_gradients, query_gradients
 from jaxvlm.kernels.hopper_forward import forward
-from jaxvlm.kernels.hopper_pieces import TILE, Settings
+from jaxvlm.kernels.hopper_pieces import MULTIPROCESSORS, TILE, Settings
 
-MULTIPROCESSORS = 132  # of an H100 and an H200; decoding shares its work out to twice as many
 INTERPRET: Any = None  # tests put an InterpretGPUParams here
 
 
 def attention(q, k, v, k_start, k_end, scale: float, softcap: float | None) -> jax.Array:
-    """As `jaxvlm.kernels.attention.attention`, for intervals within the keys and a positive scale."""
+    """As `jaxvlm.kernels.attention.attention`, for intervals within the keys (or None) and a positive scale."""
     if scale <= 0:
         raise ValueError(f"attention: the Hopper kernel needs a positive scale, not {scale}.")
     length, head_dim = q.shape[1], q.shape[3]
-    q, k, v = intervals.without_unseen(q, k, v, k_start, k_end)
+    settings = Settings(scale, softcap, INTERPRET, k_start is None)
+    if k_start is None:
+        k_start, k_end = intervals.full(len(q), length, k.shape[1])
     q, k, v = (jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, -head_dim % 16))) for x in (q, k, v))
     # The queries past the end see what the last one sees, so that they never keep a block from being whole.
     rows = (jnp.pad(x, ((0, 0), (0, -length % TILE)), mode="edge") for x in (k_start, k_end))
-    return _flash(q, k, v, *rows, Settings(scale, softcap, INTERPRET))[:, :length, :, :head_dim]
+    return _flash(q, k, v, *rows, settings)[:, :length, :, :head_dim]
 
 
 def decode_attention(q, k, v, layer, k_start, k_end, scale: float, softcap: float | None) -> jax.Array:
@@ -59,7 +60,7 @@ def decode_attention(q, k, v, layer, k_start, k_end, scale: float, softcap: floa
     queries = jnp.repeat(q.reshape(rows, group, 1, head_dim), parts, axis=0)
     queries = jnp.pad(queries, ((0, 0), (0, -group % 8), (0, 0), (0, 0)))
     k, v = (x.reshape(-1, slots, 1, head_dim) for x in (k, v))
-    out, lse = forward(queries, k, v, start, end, Settings(scale, softcap, INTERPRET), k_rows)
+    out, lse = forward(queries, k, v, start, end, Settings(scale, softcap, INTERPRET, True), k_rows)
 
     out = out[:, :group, 0].reshape(rows, parts, group, head_dim).astype(jnp.float32)
     some = (start < end)[:, :1].reshape(rows, parts, 1)
@@ -71,7 +72,15 @@ def decode_attention(q, k, v, layer, k_start, k_end, scale: float, softcap: floa
     return (out * shares[..., None]).sum(axis=1).astype(q.dtype).reshape(q.shape)
 
 
+def _forward(q, k, v, k_start, k_end, settings: Settings) -> tuple[jax.Array, jax.Array]:
+    # Whatever unseen keys and blind queries hold, their scores are masked; but 0 * NaN of values would be added up.
+    return forward(q, k, v if settings.full else intervals.without_unseen(v, k_start, k_end), k_start, k_end, settings)
+
+
 def _backward(q, k, v, out, lse, d_out, k_start, k_end, settings: Settings) -> tuple[jax.Array, jax.Array, jax.Array]:
+    if not settings.full:  # queries and keys are what the gradients of the scores, which are zero there, are multiplied with
+        k = intervals.without_unseen(k, k_start, k_end)
+        q = intervals.without_blind(q, *(x[:, : q.shape[1]] for x in (k_start, k_end)))
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1).swapaxes(1, 2)  # [B, H, S]
     delta = jnp.pad(delta, ((0, 0), (0, 0), (0, lse.shape[2] - delta.shape[2])))
     given = (q, k, v, d_out, lse, delta, k_start, k_end, settings)
@@ -80,7 +89,7 @@ def _backward(q, k, v, out, lse, d_out, k_start, k_end, settings: Settings) -> t
         dk, dv = key_gradients(*given, wanted=("dk", "dv"))
     else:  # the registers hold the sums of one of them
         (dk,), (dv,) = (key_gradients(*given, wanted=(name,)) for name in ("dk", "dv"))
-    return dq, dk, dv
+    return dq, dk if settings.full else intervals.without_unseen(dk, k_start, k_end), dv
 
 
-_flash = differentiable(forward, _backward)
+_flash = differentiable(_forward, _backward)

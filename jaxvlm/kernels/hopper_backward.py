@@ -44,6 +44,7 @@ def _query_kernel(
     q_s, d_out_s, k_s, v_s, d_scores_s, q_here, k_here, v_here, k_read, v_read, settings: Settings,
 ):  # fmt: skip
     b, h, i = (jax.lax.axis_index(name) for name in ("batch", "heads", "tiles"))
+    i = k_start.shape[1] // TILE - 1 - i  # under a causal mask the longest first
     warpgroup = jax.lax.axis_index("warpgroups")
     block_k, head_dim = k_s.shape[1:]
     first, count, whole_first, whole_count = (ranges[b, i, n] for n in range(4))
@@ -68,12 +69,11 @@ def _query_kernel(
             scores, d_weights = products((mine, k_s.at[slot].T), (d_mine, v_s.at[slot].T), shape=shape)
             plgpu.barrier_arrive(v_read.at[slot])
             bent, to_log2 = bend(scores, settings)
-            weights = jnp.exp2(bent * to_log2 - along(0, my_lse, shape))
-            if not whole:
-                weights = jnp.where(visible(start, end, block(step) * block_k, shape, key_axis=1), weights, 0.0)
-            d_scores = weights * (d_weights - along(0, my_delta, shape))
+            d_scores = jnp.exp2(bent * to_log2 - along(0, my_lse, shape)) * (d_weights - along(0, my_delta, shape))
             if settings.softcap is not None:
                 d_scores *= 1.0 - bent * bent
+            if not whole:
+                d_scores = jnp.where(visible(start, end, block(step) * block_k, shape, key_axis=1), d_scores, 0.0)
             memory = None if d_scores_s is None else d_scores_s.at[warpgroup]
             sums = add_product(sums, d_scores.astype(k_s.dtype), k_s.at[slot], memory)
             plgpu.barrier_arrive(k_read.at[slot])
@@ -90,8 +90,7 @@ def _query_kernel(
     @pl.when(warpgroup == 2)
     def _fetch():
         plgpu.set_max_registers(24, action="decrease")
-        kv_head = jax.lax.div(h, jnp.int32(q.shape[2] // k.shape[2]))
-        fetch_keys(k, v, k_s, v_s, k_here, v_here, k_read, v_read, count, block, b, kv_head)
+        fetch_keys(k, v, k_s, v_s, k_here, v_here, k_read, v_read, count, block, b, h, 1, q.shape[2] // k.shape[2])
 
 
 def query_gradients(q, k, v, d_out, lse, delta, k_start, k_end, settings: Settings) -> jax.Array:

@@ -23,6 +23,7 @@ from jaxvlm.kernels.hopper_pieces import (
     block_of,
     fetch_keys,
     full,
+    heads_of_a_block,
     kernel,
     matrix,
     products,
@@ -34,12 +35,14 @@ from jaxvlm.kernels.hopper_pieces import (
 
 
 def _forward_kernel(
-    q, k, v, k_start, k_end, ranges, out, lse, *, q_s, k_s, v_s, lse_s, weights_s, q_here, k_here, v_here, k_read, v_read, turn,
-    settings: Settings,
+    q, k, v, k_start, k_end, ranges, out, lse, *,
+    q_s, k_s, v_s, out_s, lse_s, weights_s, q_here, k_here, v_here, k_read, v_read, turn, settings: Settings,
+    heads: int,
 ):  # fmt: skip
-    b, h, i = (jax.lax.axis_index(name) for name in ("batch", "heads", "tiles"))
+    b, first_head, i = (jax.lax.axis_index(name) for name in ("batch", "heads", "tiles"))
     warpgroup = jax.lax.axis_index("warpgroups")
     block_k, head_dim = k_s.shape[1:]
+    i, first_head = k_start.shape[1] // TILE - 1 - i, first_head * heads  # under a causal mask the longest tiles first
     first, count, whole_first, whole_count, row = (ranges[b, i, n] for n in range(5))
     block = functools.partial(block_of, first=first, whole_first=whole_first, whole_count=whole_count)
 
@@ -52,15 +55,22 @@ def _forward_kernel(
         plgpu.set_max_registers(240, action="increase")
         queries = pl.ds(i * TILE + warpgroup * ROWS, ROWS)
         mine = q_s.at[warpgroup]
-        plgpu.copy_gmem_to_smem(q.at[b, queries, h], mine, q_here.at[warpgroup])
+        result = mine if out_s is None else out_s.at[warpgroup]
         start, end = (vector(x.at[b, queries], axis=0) for x in (k_start, k_end))
         shape = (ROWS, block_k)
 
-        def visit(step, carry, whole: bool):
+        def fetch(number):
+            plgpu.copy_gmem_to_smem(q.at[b, queries, first_head + number], mine, q_here.at[warpgroup])
+
+        def visit(step, carry, number, whole: bool):
             sums, highest, total = carry
-            slot = slot_of(step)
+            slot, following = slot_of(number * count + step), slot_of(number * count + step + 1)
             (scores,) = products((mine, k_s.at[slot].T), shape=shape, meanwhile=take_turn)
             plgpu.barrier_arrive(k_read.at[slot])
+
+            if heads > 1:
+                pl.when((step == count - 1) & (number < heads - 1))(lambda: fetch(number + 1))
+
             scores, to_log2 = bend(scores, settings)
             if not whole:
                 scores = jnp.where(visible(start, end, block(step) * block_k, shape, key_axis=1), scores, LOWEST)
@@ -81,41 +91,52 @@ def _forward_kernel(
                 total += weights.sum(axis=1)
 
             def await_next():
-                @pl.when(step + 1 < count)
+                @pl.when(number * count + step + 1 < heads * count)
                 def _():
-                    plgpu.barrier_wait(k_here.at[slot_of(step + 1)])
+                    plgpu.barrier_wait(k_here.at[following])
 
             memory = None if weights_s is None else weights_s.at[warpgroup]
             sums = add_product(sums, rounded, v_s.at[slot], memory, await_next)
             plgpu.barrier_arrive(v_read.at[slot])
             return sums, new, total
 
-        plgpu.barrier_wait(q_here.at[warpgroup])
+        def answer(number):
+            plgpu.barrier_wait(q_here.at[warpgroup])
+            step = functools.partial(visit, number=number)
+            carry = full((ROWS, head_dim), 0.0), full((ROWS,), LOWEST), full((ROWS,), 0.0)
+            carry = jax.lax.fori_loop(0, whole_count, functools.partial(step, whole=True), carry)
+            sums, highest, total = jax.lax.fori_loop(whole_count, count, functools.partial(step, whole=False), carry)
+            if heads > 1:
+                pl.when((count == 0) & (number < heads - 1))(lambda: fetch(number + 1))
+
+            some = start < end
+            total = jnp.where(some, total, 1.0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the head before
+            result[...] = (sums * along(0, jnp.where(some, 1.0 / total, 0.0), sums.shape)).astype(out.dtype)
+            lse_s[warpgroup] = jnp.where(some, highest + jnp.log(total) * LOG2E, 0.0)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(result, out.at[b, queries, first_head + number])
+            plgpu.copy_smem_to_gmem(lse_s.at[warpgroup], lse.at[b, first_head + number, queries])
+
+        fetch(0)
 
         @pl.when(count > 0)
         def _():
             plgpu.barrier_wait(k_here.at[0])
 
         pl.when(warpgroup == 1)(take_turn)
-        carry = full((ROWS, head_dim), 0.0), full((ROWS,), LOWEST), full((ROWS,), 0.0)
-        carry = jax.lax.fori_loop(0, whole_count, functools.partial(visit, whole=True), carry)
-        sums, highest, total = jax.lax.fori_loop(whole_count, count, functools.partial(visit, whole=False), carry)
+        if heads == 1:
+            answer(0)
+        else:
+            pl.loop(0, heads)(answer)
         pl.when(warpgroup == 0)(take_turn)
-
-        some = start < end
-        total = jnp.where(some, total, 1.0)
-        mine[...] = (sums * along(0, jnp.where(some, 1.0 / total, 0.0), sums.shape)).astype(out.dtype)
-        lse_s[warpgroup] = jnp.where(some, highest + jnp.log(total) * LOG2E, 0.0)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(mine, out.at[b, queries, h])
-        plgpu.copy_smem_to_gmem(lse_s.at[warpgroup], lse.at[b, h, queries])
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == 2)
     def _fetch():
         plgpu.set_max_registers(24, action="decrease")
-        kv_head = jax.lax.div(h, jnp.int32(q.shape[2] // k.shape[2]))
-        fetch_keys(k, v, k_s, v_s, k_here, v_here, k_read, v_read, count, block, row, kv_head)
+        group = q.shape[2] // k.shape[2]
+        fetch_keys(k, v, k_s, v_s, k_here, v_here, k_read, v_read, count, block, row, first_head, heads, group)
 
 
 def forward(
@@ -128,23 +149,25 @@ def forward(
     batch, _, heads, head_dim = q.shape
     padded = k_start.shape[1]
     block_k = 128 if head_dim <= 128 else 64
+    several = heads_of_a_block(heads, heads * batch * padded // TILE, head_dim)
     k_rows = jnp.arange(batch, dtype=jnp.int32) if k_rows is None else k_rows
     k_rows = jnp.broadcast_to(k_rows[:, None], (batch, padded // TILE))
     ranges = [of(k_start, k_end, TILE, block_k) for of in (key_ranges, whole_key_ranges)]
     run = kernel(
-        functools.partial(_forward_kernel, settings=settings),
+        functools.partial(_forward_kernel, settings=settings, heads=several),
         settings,
         kernel_name="interval_attention",
         out_type=(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((batch, heads, padded), jnp.float32),
         ),
-        grid=(heads, padded // TILE, batch),
+        grid=(heads // several, padded // TILE, batch),
         grid_names=("heads", "tiles", "batch"),
         scratch_types=dict(
             q_s=matrix(ROWS, head_dim, q.dtype, 2),
             k_s=matrix(block_k, head_dim, q.dtype, STAGES),
             v_s=matrix(block_k, head_dim, q.dtype, STAGES),
+            out_s=matrix(ROWS, head_dim, q.dtype, 2) if several > 1 else None,
             lse_s=plgpu.SMEM((2, ROWS), jnp.float32),
             weights_s=through(block_k, q.dtype, settings),
             q_here=plgpu.Barrier(num_barriers=2),

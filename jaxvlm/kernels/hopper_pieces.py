@@ -16,16 +16,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 ROWS = 64  # of a warpgroup that computes, which is those of one wgmma
 TILE = 2 * ROWS  # of the two
 STAGES = 2  # blocks in a ring
+MULTIPROCESSORS = 132  # of an H100 or H200
 LOG2E = math.log2(math.e)
 LOWEST = -(2.0**100)  # a power of two: times a factor it has no rounding error, which exp2 would blow up
 
 
 class Settings(NamedTuple):
-    """What a kernel is specialised to. `interpret` is an InterpretGPUParams or None."""
+    """What a kernel is specialised to. `interpret` is an InterpretGPUParams or None; `full` says that all queries see all keys."""
 
     scale: float
     softcap: float | None
     interpret: Any
+    full: bool = False
 
 
 def kernel(body, settings: Settings, **options):
@@ -133,18 +135,28 @@ def block_of(step, first, whole_first, whole_count):
     return jnp.where(step < whole_count, whole_first + step, masked)
 
 
-def fetch_keys(k, v, k_s, v_s, k_here, v_here, k_read, v_read, count, block, b, kv_head):
-    """The fetching warpgroup's work where queries visit keys: `count` blocks, `block(step)`, of k and of v into their rings."""
+def heads_of_a_block(heads: int, tiles: int, head_dim: int) -> int:
+    """How many heads a block of threads answers one after the other, so that one's first copies are made while another's last
+    products are; `tiles` are those of all heads. Wide heads leave no memory for it, and too few blocks keep no GPU busy."""
+    fitting = [n for n in (4, 2) if heads % n == 0 and tiles // n >= 4 * MULTIPROCESSORS]
+    return fitting[0] if fitting and head_dim <= 128 else 1
+
+
+def fetch_keys(k, v, k_s, v_s, k_here, v_here, k_read, v_read, count, block, b, first_head, heads, group):
+    """The fetching warpgroup's work where queries visit keys: `count` blocks, `block(step)`, of k and of v into their rings,
+    for each of `heads` heads, of which `group` in a row share keys."""
     block_k = k_s.shape[1]
 
-    @pl.loop(0, count)
+    @pl.loop(0, count * heads)
     def _(step):
-        slot, keys = slot_of(step), pl.ds(block(step) * block_k, block_k)
+        slot, number = slot_of(step), jax.lax.div(step, count)
+        keys = pl.ds(block(step - number * count) * block_k, block_k)
+        kv_head = jax.lax.div(first_head + number, jnp.int32(group))
         for source, ring, here, read in ((k, k_s, k_here, k_read), (v, v_s, v_here, v_read)):
             await_read(read, step)
             plgpu.copy_gmem_to_smem(source.at[b, keys, kv_head], ring.at[slot], here.at[slot])
 
-    drain((k_read, v_read), count)
+    drain((k_read, v_read), count * heads)
 
 
 def await_read(read, step):

@@ -48,16 +48,27 @@ def limit(k_start: jax.Array, k_end: jax.Array, window: int | None) -> jax.Array
     return k_start if window is None else jnp.maximum(k_start, k_end - window)
 
 
-def without_unseen(
-    q: jax.Array, k: jax.Array, v: jax.Array, k_start: jax.Array, k_end: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries that see nothing, and keys and values that no query sees, made zero, whatever they held.
+def without_blind(q: jax.Array, k_start: jax.Array, k_end: jax.Array) -> jax.Array:
+    """Queries [B, S, ...] that see nothing made zero, whatever they held."""
+    return jnp.where((k_start < k_end)[..., None, None], q, 0)
+
+
+def without_unseen(k: jax.Array, k_start: jax.Array, k_end: jax.Array) -> jax.Array:
+    """Keys or values [B, T, ...] that no query sees made zero, whatever they held.
 
     0 * NaN is NaN, in the backward pass too: such entries have to be zero before they meet a product.
     """
-    q = jnp.where((k_start < k_end)[..., None, None], q, 0)
-    used = seen(k_start, k_end, k.shape[1])[..., None, None]  # [B, T, 1, 1]
-    return q, jnp.where(used, k, 0), jnp.where(used, v, 0)
+    return jnp.where(seen(k_start, k_end, k.shape[1])[..., None, None], k, 0)
+
+
+def cleaned(
+    q: jax.Array, k: jax.Array, v: jax.Array, k_start: jax.Array | None, k_end: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """What a kernel takes of the arguments of `attention`: nothing in q, k and v that is not used, and intervals."""
+    if k_start is None:
+        return q, k, v, *full(q.shape[0], q.shape[1], k.shape[1])
+    k, v = (without_unseen(x, k_start, k_end) for x in (k, v))
+    return without_blind(q, k_start, k_end), k, v, k_start, k_end
 
 
 def seen(k_start: jax.Array, k_end: jax.Array, keys: int) -> jax.Array:

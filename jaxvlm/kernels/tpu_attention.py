@@ -57,7 +57,7 @@ def attention(q, k, v, k_start, k_end, scale: float, softcap: float | None) -> j
     """As `jaxvlm.kernels.attention.attention`, for intervals within the keys."""
     length, keys = q.shape[1], k.shape[1]
     settings = Settings(scale, softcap, block_size(length), block_size(keys))
-    q, k, v = intervals.without_unseen(q, k, v, k_start, k_end)
+    q, k, v, k_start, k_end = intervals.cleaned(q, k, v, k_start, k_end)
     q = _heads_first(q, settings.block_q)
     k, v = (_heads_first(x, settings.block_k) for x in (k, v))
     rows = [jnp.pad(x, ((0, 0), (0, q.shape[2] - length)))[:, None] for x in (k_start, k_end)]  # [B, 1, S]

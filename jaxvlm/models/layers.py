@@ -68,7 +68,14 @@ def lookup(table: jax.Array, indices: jax.Array, axes: tuple[str | None, str]) -
 
 
 def sharded_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, k_start: jax.Array, k_end: jax.Array, axes: tuple[str, ...], **options
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    axes: tuple[str, ...],
+    k_start: jax.Array | None = None,
+    k_end: jax.Array | None = None,
+    **options,
 ) -> jax.Array:
     """`kernels.attention` on every device's own rows, heads and queries; `axes` name q's [B, S, H] (k's heads: 'kv_heads'
     for 'heads').
@@ -83,7 +90,8 @@ def sharded_attention(
         return active_spec(names, x.shape, "attention")
 
     rows, length, heads = axes
-    q_spec, i_spec = spec(q, *axes, None), spec(k_start, rows, length)
+    q_spec = spec(q, *axes, None)
+    i_spec = None if k_start is None else spec(k_start, rows, length)
     kv_spec = spec(k, rows, length, "kv_heads" if heads == "heads" else heads, None)
     if q_spec[2] != kv_spec[2]:  # fewer key heads than devices along `tensor`: one for each, some of them the same
         copies = jax.sharding.get_abstract_mesh().shape[q_spec[2]] // k.shape[2]

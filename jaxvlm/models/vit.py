@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxvlm.config import ConfigError, VisionConfig
-from jaxvlm.kernels import intervals
 from jaxvlm.models.layers import Projection, activation, constrain, layer_norm, normal_init, sharded_attention, stack
 
 
@@ -57,9 +56,7 @@ class Attention(nn.Module):
             return constrain(to_heads(x), ("tiles", "visual_length", *axes))
 
         q, k, v = project("q"), project("k"), project("v")  # [B, N, H, h]
-        k_start, k_end = intervals.full(x.shape[0], x.shape[1], x.shape[1])
-        own = ("tiles", "visual_length", "vision_heads")
-        out = sharded_attention(q, k, v, k_start=k_start, k_end=k_end, axes=own)
+        out = sharded_attention(q, k, v, axes=("tiles", "visual_length", "vision_heads"))
         return Projection(shape, (c.width,), axes, ("vision_embed",), self.dtype, True, c.lora, name="o")(out)
 
 

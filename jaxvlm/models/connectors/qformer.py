@@ -7,19 +7,18 @@ import jax
 import jax.numpy as jnp
 
 from jaxvlm.config import ConfigError, ModelConfig
-from jaxvlm.kernels import intervals
 from jaxvlm.models.connectors.row_end import row_end
 from jaxvlm.models.layers import Projection, activation, constrain, layer_norm, normal_init, sharded_attention, stack
 
 
 class Attention(nn.Module):
-    """x [B, S, W] attends to `source` [B, N, Ds]: the keys k_start <= j < k_end (int32 [B, S])."""
+    """x [B, S, W] attends to `source` [B, N, Ds]: the keys k_start <= j < k_end (int32 [B, S]), or all of them."""
 
     config: ModelConfig
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x, source, k_start, k_end):
+    def __call__(self, x, source, k_start=None, k_end=None):
         c = self.config.connector.qformer
         shape, axes = (c.num_heads, c.width // c.num_heads), ("vision_heads", "head_dim")
 
@@ -59,8 +58,7 @@ class Layer(nn.Module):
         x = self._norm("attn_norm", x + self._part(Attention, "attn")(x, x, jnp.zeros_like(k_end), k_end))
         x, text = x[:, :queries], x[:, queries:]
         if self.cross:
-            everything = intervals.full(x.shape[0], queries, features.shape[1])
-            x = self._norm("cross_norm", x + self._part(Attention, "cross")(x, features, *everything))
+            x = self._norm("cross_norm", x + self._part(Attention, "cross")(x, features))
         x = self._norm("mlp_norm", x + self._part(MLP, "mlp")(x))
         if c.text_vocab_size and text.shape[1]:
             text = self._norm("text_mlp_norm", text + self._part(MLP, "text_mlp")(text))

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxvlm.config import ConfigError, ModelConfig
-from jaxvlm.kernels import intervals
 from jaxvlm.models import resize
 from jaxvlm.models.connectors.row_end import row_end
 from jaxvlm.models.layers import Projection, constrain, layer_norm, normal_init, sharded_attention
@@ -55,9 +54,7 @@ class Attention(nn.Module):
         q = project("q", q)  # [Q, H, h]
         q = jnp.broadcast_to(q, (len(k), *q.shape))
         k, v = (constrain(project(n, x), ("tiles", "visual_length", *axes)) for n, x in (("k", k), ("v", v)))
-        k_start, k_end = intervals.full(len(k), q.shape[1], k.shape[1])
-        own = ("tiles", "visual_length", "heads")
-        out = sharded_attention(q, k, v, k_start=k_start, k_end=k_end, axes=own)  # [B, Q, H, h]
+        out = sharded_attention(q, k, v, axes=("tiles", "visual_length", "heads"))  # [B, Q, H, h]
         return Projection(shape, width, axes, ("embed",), self.dtype, bias=True, name="o")(out)
 
 
