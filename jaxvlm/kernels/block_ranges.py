@@ -37,6 +37,24 @@ def whole_key_ranges(k_start: jax.Array, k_end: jax.Array, block_q: int, block_k
     return Ranges(jnp.where(count > 0, first, key_ranges(k_start, k_end, block_q, block_k).first), count)
 
 
+def whole_query_ranges(
+    k_start: jax.Array, k_end: jax.Array, block_q: int, block_k: int, key_blocks: int, keys: int
+) -> Ranges:
+    """For each block of keys the blocks of queries that all see all of its keys: the first run of them.
+
+    They lie within `query_ranges`; where there are none, `first` is that of `query_ranges`.
+    """
+    parts = (k_start.shape[0], 1, -1, block_q)
+    start, end = k_start.reshape(parts).max(axis=3), k_end.reshape(parts).min(axis=3)  # [B, 1, query blocks]
+    edge = jnp.arange(key_blocks, dtype=jnp.int32)[:, None] * block_k
+    whole = (start <= edge) & (end >= jnp.minimum(edge + block_k, keys))  # [B, key blocks, query blocks]
+    after = jnp.cumsum(whole, axis=2) > 0
+    ended = jnp.cumsum(after & ~whole, axis=2) > 0
+    count = jnp.sum(after & ~ended, axis=2).astype(jnp.int32)
+    first = jnp.argmax(whole, axis=2).astype(jnp.int32)
+    return Ranges(jnp.where(count > 0, first, query_ranges(k_start, k_end, block_q, block_k, key_blocks).first), count)
+
+
 def query_ranges(k_start: jax.Array, k_end: jax.Array, block_q: int, block_k: int, key_blocks: int) -> Ranges:
     """For each block of keys: from the first to the last block of queries that touches it."""
     start, end = (x[:, None] for x in _hulls(k_start, k_end, block_q))  # [B, 1, query blocks]

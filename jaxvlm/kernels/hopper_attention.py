@@ -78,7 +78,9 @@ def _forward(q, k, v, k_start, k_end, settings: Settings) -> tuple[jax.Array, ja
 
 
 def _backward(q, k, v, out, lse, d_out, k_start, k_end, settings: Settings) -> tuple[jax.Array, jax.Array, jax.Array]:
-    if not settings.full:  # queries and keys are what the gradients of the scores, which are zero there, are multiplied with
+    if (
+        not settings.full
+    ):  # queries and keys are what the gradients of the scores, which are zero there, are multiplied with
         k = intervals.without_unseen(k, k_start, k_end)
         q = intervals.without_blind(q, *(x[:, : q.shape[1]] for x in (k_start, k_end)))
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1).swapaxes(1, 2)  # [B, H, S]

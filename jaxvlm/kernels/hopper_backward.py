@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxvlm.kernels.block_ranges import key_ranges, query_ranges, whole_key_ranges
+from jaxvlm.kernels.block_ranges import key_ranges, query_ranges, whole_key_ranges, whole_query_ranges
 from jaxvlm.kernels.hopper_pieces import (
     ROWS,
     STAGES,
@@ -136,8 +136,8 @@ def _key_kernel(
     warpgroup = jax.lax.axis_index("warpgroups")
     block_q, head_dim = q_s.shape[1:]
     group = q.shape[2] // k.shape[2]
-    first, count = (ranges[b, j, n] for n in range(2))
-    steps = count * group  # one head of the group after the other
+    first, count, whole_first, whole_count = (ranges[b, j, n] for n in range(4))
+    block = functools.partial(block_of, first=first, whole_first=whole_first, whole_count=whole_count)
 
     @pl.when(warpgroup < 2)
     def _differentiate():
@@ -151,8 +151,8 @@ def _key_kernel(
         plgpu.barrier_wait(kv_here.at[warpgroup])
         shape = (ROWS, block_q)
 
-        def visit(step, sums):
-            sums, slot = dict(sums), slot_of(step)
+        def visit(step, sums, head, whole: bool):
+            sums, slot = dict(sums), slot_of(head * count + step)
             plgpu.barrier_wait(q_here.at[slot])
             if "dk" in wanted:
                 plgpu.barrier_wait(d_out_here.at[slot])
@@ -161,8 +161,9 @@ def _key_kernel(
                 (scores,) = products((my_k, q_s.at[slot].T), shape=shape)
             bent, to_log2 = bend(scores, settings)
             weights = jnp.exp2(bent * to_log2 - along(1, vector(lse_s.at[slot], axis=1), shape))
-            start, end = (vector(x.at[slot], axis=1) for x in (start_s, end_s))
-            weights = jnp.where(visible(start, end, first_key, shape, key_axis=0), weights, 0.0)
+            if not whole:
+                start, end = (vector(x.at[slot], axis=1) for x in (start_s, end_s))
+                weights = jnp.where(visible(start, end, first_key, shape, key_axis=0), weights, 0.0)
             if "dk" not in wanted:
                 plgpu.barrier_wait(d_out_here.at[slot])
             if "dv" in wanted:
@@ -177,7 +178,12 @@ def _key_kernel(
             plgpu.barrier_arrive(q_read.at[slot])
             return sums
 
-        sums = jax.lax.fori_loop(0, steps, visit, {name: full((ROWS, head_dim), 0.0) for name in wanted})
+        def add_head(head, sums):
+            step = functools.partial(visit, head=head)
+            sums = jax.lax.fori_loop(0, whole_count, functools.partial(step, whole=True), sums)
+            return jax.lax.fori_loop(whole_count, count, functools.partial(step, whole=False), sums)
+
+        sums = jax.lax.fori_loop(0, group, add_head, {name: full((ROWS, head_dim), 0.0) for name in wanted})
         for name, factor, staged in (("dk", settings.scale, my_k), ("dv", 1.0, my_v)):
             if name in wanted:
                 staged[...] = (sums[name] * factor).astype(k_s.dtype)
@@ -189,11 +195,11 @@ def _key_kernel(
     def _fetch():
         plgpu.set_max_registers(24, action="decrease")
 
-        @pl.loop(0, steps)
+        @pl.loop(0, count * group)
         def _(step):
-            slot = slot_of(step)
-            h = kv_head * group + jax.lax.div(step, count)
-            queries = pl.ds((first + jax.lax.rem(step, count)) * block_q, block_q)
+            slot, head = slot_of(step), jax.lax.div(step, count)
+            h = kv_head * group + head
+            queries = pl.ds(block(step - head * count) * block_q, block_q)
             await_read(q_read, step)
             for source, ring in ((q.at[b, queries, h], q_s), (lse.at[b, h, queries], lse_s)):
                 plgpu.copy_gmem_to_smem(source, ring.at[slot], q_here.at[slot])
@@ -203,7 +209,7 @@ def _key_kernel(
             for source, ring in ((d_out.at[b, queries, h], d_out_s), (delta.at[b, h, queries], delta_s)):
                 plgpu.copy_gmem_to_smem(source, ring.at[slot], d_out_here.at[slot])
 
-        drain((q_read, d_out_read), steps)
+        drain((q_read, d_out_read), count * group)
 
 
 def key_gradients(
@@ -213,7 +219,10 @@ def key_gradients(
     batch, keys, kv_heads, head_dim = k.shape
     block_q = 128 if head_dim <= 64 else 64 if head_dim <= 128 else 32
     tiles = pl.cdiv(keys, TILE)
-    ranges = query_ranges(k_start, k_end, block_q, TILE, tiles)
+    ranges = (
+        *query_ranges(k_start, k_end, block_q, TILE, tiles),
+        *whole_query_ranges(k_start, k_end, block_q, TILE, tiles, keys),
+    )
 
     def of(rows: int, count: int):
         return matrix(rows, head_dim, q.dtype, count, block=min(block_q, ROWS))
