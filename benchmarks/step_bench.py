@@ -169,8 +169,11 @@ def jax_train(case: Case, rounds: int) -> dict:
     state = TrainState(jnp.int32(0), trainable, frozen, jax.jit(optimizer.init)(trainable))
     del trainable, frozen
     taken, losses = [], []
-    with jax.set_mesh(make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])):
-        step = jax.jit(make_step(VLM(model), optimizer, 1), donate_argnums=0)
+    mesh = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
+    there = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    state = jax.device_put(state, there)  # as it comes back, so that the step is compiled once
+    with jax.set_mesh(mesh):
+        step = jax.jit(make_step(VLM(model), optimizer, 1), donate_argnums=0, out_shardings=there)
         for batch in batches:
             on_device = jax.device_put(batch)
             start = time.perf_counter()

@@ -20,6 +20,8 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 if os.environ["JAX_PLATFORMS"] == "cpu":
     # The tests compile hundreds of small programs and run each for milliseconds; compiling is what takes the time.
     os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
+else:
+    os.environ["XLA_FLAGS"] += " --xla_gpu_autotune_level=0"
 
 # One worker per core must not run one thread per core in each library, or they wait for each other. XLA's own pool
 # has as many threads as there are simulated devices and cannot be made smaller.

@@ -232,9 +232,8 @@ def _ampere(*arguments) -> jax.Array:
 XLA = Implementation("xla", lambda q, k: None, _xla)
 XLA_TILES = Implementation("xla_tiles", cpu_attention.supports, cpu_attention.attention)
 PALLAS_TPU = Implementation("pallas_tpu", tpu_attention.supports, tpu_attention.attention)
-UNTRIED = "taken only by name until it has been run on a GPU"
-PALLAS_HOPPER = Implementation("pallas_hopper", hopper_supports, _hopper, UNTRIED)
-PALLAS_AMPERE = Implementation("pallas_ampere", _ampere_supports, _ampere, UNTRIED)
+PALLAS_HOPPER = Implementation("pallas_hopper", hopper_supports, _hopper)
+PALLAS_AMPERE = Implementation("pallas_ampere", _ampere_supports, _ampere)
 
 # In order of preference. A kernel joins by a line in its backend's list.
 IMPLEMENTATIONS: Implementations = {

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxvlm.kernels import tpu_decode
-from jaxvlm.kernels.attention import UNTRIED, hopper_supports
+from jaxvlm.kernels.attention import hopper_supports
 from jaxvlm.kernels.dispatch import Implementation, Implementations, choose
 
 
@@ -77,5 +77,5 @@ def _hopper(*arguments) -> jax.Array:
 
 XLA = Implementation("xla", lambda q, k: None, _xla)
 PALLAS_TPU = Implementation("pallas_tpu", tpu_decode.supports, tpu_decode.decode_attention)
-PALLAS_HOPPER = Implementation("pallas_hopper", _hopper_supports, _hopper, UNTRIED)
+PALLAS_HOPPER = Implementation("pallas_hopper", _hopper_supports, _hopper)
 IMPLEMENTATIONS: Implementations = {"cpu": (XLA,), "gpu": (PALLAS_HOPPER, XLA), "tpu": (PALLAS_TPU, XLA)}

@@ -15,7 +15,6 @@ class Implementation(NamedTuple):
     name: str
     supports: Callable[[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct], str | None]
     run: Callable[..., jax.Array]  # the dispatcher's own arguments, by position
-    only_by_name: str | None = None  # why it is not taken unless it is asked for (a clause)
 
 
 Implementations = dict[str, tuple[Implementation, ...]]  # of each backend, in order of preference; 'cpu' has XLA's
@@ -52,7 +51,7 @@ def choose(what: str, implementations: Implementations, q, k, forced: str | None
     for each in sorted(backend_has, key=lambda each: each.name != wanted):
         if forced not in (None, each.name):
             continue
-        reason = each.supports(q, k) or (each.only_by_name if each.name != wanted else None)
+        reason = each.supports(q, k)
         if reason is None:
             _log_choice(what, here, each.name, tuple(reasons))
             return each

@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxvlm.kernels import intervals
+from jaxvlm.kernels.block_ranges import Ranges, key_ranges, whole_key_ranges
 from jaxvlm.kernels.flash import differentiable
 from jaxvlm.kernels.hopper_backward import key_gradients, query_gradients
-from jaxvlm.kernels.hopper_forward import forward
+from jaxvlm.kernels.hopper_forward import forward, key_block
 from jaxvlm.kernels.hopper_pieces import MULTIPROCESSORS, TILE, Settings
 
 INTERPRET: Any = None  # tests put an InterpretGPUParams here
@@ -41,28 +42,33 @@ def attention(q, k, v, k_start, k_end, scale: float, softcap: float | None) -> j
 def decode_attention(q, k, v, layer, k_start, k_end, scale: float, softcap: float | None) -> jax.Array:
     """As `jaxvlm.kernels.decode_attention`, of queries [B, K, G, h], for intervals within the cache.
 
-    The forward kernel with a group's heads as its queries. There are fewer rows and key heads than multiprocessors, so a row's
-    slots are shared out and the parts put together (Dao et al. 2023, Flash-Decoding): each reads all slots but sees its own.
+    The forward kernel with a group's heads as its queries. Where there are fewer rows and key heads than multiprocessors, a
+    row's slots are shared out and the parts put together (Dao et al. 2023, Flash-Decoding).
     """
     if scale <= 0:
         raise ValueError(f"decode attention: the Hopper kernel needs a positive scale, not {scale}.")
     batch, kv_heads, group, head_dim = q.shape
     slots, rows = k.shape[3], batch * kv_heads
-    parts = min(-(-2 * MULTIPROCESSORS // rows), -(-slots // 128))
-    part = jnp.arange(parts, dtype=jnp.int32) * (-(-slots // parts))
+    parts = _parts(rows, slots)
+    size = -(-slots // parts)
+    part = jnp.arange(parts, dtype=jnp.int32) * size
 
-    def shared(x):  # [B] -> [B, K, parts, 128 queries], as rows
-        x = jnp.clip(x[:, None], part, part + (-(-slots // parts)))
-        return jnp.broadcast_to(x[:, None, :, None], (batch, kv_heads, parts, TILE)).reshape(-1, TILE)
+    def shared(x):  # [B] -> [B * K * parts]
+        x = jnp.clip(x[:, None], part, part + size)
+        return jnp.broadcast_to(x[:, None], (batch, kv_heads, parts)).reshape(-1)
 
-    start, end = shared(k_start), shared(k_end)
+    start, end = shared(k_start)[:, None], shared(k_end)[:, None]
     k_rows = jnp.repeat(layer * rows + jnp.arange(rows, dtype=jnp.int32), parts)
-    queries = jnp.repeat(q.reshape(rows, group, 1, head_dim), parts, axis=0)
-    queries = jnp.pad(queries, ((0, 0), (0, -group % 8), (0, 0), (0, 0)))
+    queries = jnp.broadcast_to(q.reshape(rows, 1, group, 1, head_dim), (rows, parts, group, 1, head_dim))
+    queries = jnp.pad(queries.reshape(-1, group, 1, head_dim), ((0, 0), (0, -group % 8), (0, 0), (0, 0)))
     k, v = (x.reshape(-1, slots, 1, head_dim) for x in (k, v))
-    out, lse = forward(queries, k, v, start, end, Settings(scale, softcap, INTERPRET, True), k_rows)
-
-    out = out[:, :group, 0].reshape(rows, parts, group, head_dim).astype(jnp.float32)
+    ranges = _ranges(start, end, 1, head_dim)  # all of a tile's queries see the same
+    start, end = (jnp.broadcast_to(x, (len(x), TILE)) for x in (start, end))
+    out, lse = forward(queries, k, v, start, end, Settings(scale, softcap, INTERPRET), ranges, k_rows)
+    out = out[:, :group, 0]
+    if parts == 1:
+        return out.reshape(q.shape)
+    out = out.reshape(rows, parts, group, head_dim).astype(jnp.float32)
     some = (start < end)[:, :1].reshape(rows, parts, 1)
     lse = jnp.where(some, lse[:, 0, :group].reshape(rows, parts, group), -jnp.inf)
     highest = jnp.maximum(lse.max(axis=1, keepdims=True), -1e30)  # a row may see nothing
@@ -72,9 +78,24 @@ def decode_attention(q, k, v, layer, k_start, k_end, scale: float, softcap: floa
     return (out * shares[..., None]).sum(axis=1).astype(q.dtype).reshape(q.shape)
 
 
+def _parts(rows: int, slots: int) -> int:
+    """Into how many parts a row's slots are shared out, each of them a block of threads, of which a multiprocessor runs one
+    at a time: the number that takes the fewest steps, two for the start of a block included."""
+
+    def steps(parts: int) -> int:
+        return -(-rows * parts // MULTIPROCESSORS) * (-(-slots // parts // 128) + 2)
+
+    return min(range(1, -(-slots // 128) + 1), key=steps)
+
+
 def _forward(q, k, v, k_start, k_end, settings: Settings) -> tuple[jax.Array, jax.Array]:
     # Whatever unseen keys and blind queries hold, their scores are masked; but 0 * NaN of values would be added up.
-    return forward(q, k, v if settings.full else intervals.without_unseen(v, k_start, k_end), k_start, k_end, settings)
+    v = v if settings.full else intervals.without_unseen(v, k_start, k_end)
+    return forward(q, k, v, k_start, k_end, settings, _ranges(k_start, k_end, TILE, q.shape[3]))
+
+
+def _ranges(k_start, k_end, block_q: int, head_dim: int) -> list[Ranges]:
+    return [of(k_start, k_end, block_q, key_block(head_dim)) for of in (key_ranges, whole_key_ranges)]
 
 
 def _backward(q, k, v, out, lse, d_out, k_start, k_end, settings: Settings) -> tuple[jax.Array, jax.Array, jax.Array]:

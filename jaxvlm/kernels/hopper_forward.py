@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxvlm.kernels.block_ranges import key_ranges, whole_key_ranges
+from jaxvlm.kernels.block_ranges import Ranges
 from jaxvlm.kernels.hopper_pieces import (
     LOG2E,
     LOWEST,
@@ -139,20 +139,25 @@ def _forward_kernel(
         fetch_keys(k, v, k_s, v_s, k_here, v_here, k_read, v_read, count, block, row, first_head, heads, group)
 
 
+def key_block(head_dim: int) -> int:
+    """Keys in a block of the forward kernel."""
+    return 128 if head_dim <= 128 else 64
+
+
 def forward(
-    q, k, v, k_start, k_end, settings: Settings, k_rows: jax.Array | None = None
+    q, k, v, k_start, k_end, settings: Settings, ranges: list[Ranges], k_rows: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """out [B, S, H, h], and the scores' log2-sum-exp2 [B, H, S'] of the padded length.
 
-    With `k_rows`, int32 [B], row b of the queries reads that row of k and v, which may have any number of them.
+    `ranges` are the `key_ranges` and `whole_key_ranges` of each tile. With `k_rows`, int32 [B], row b of the queries reads
+    that row of k and v, which may have any number of them.
     """
     batch, _, heads, head_dim = q.shape
     padded = k_start.shape[1]
-    block_k = 128 if head_dim <= 128 else 64
+    block_k = key_block(head_dim)
     several = heads_of_a_block(heads, heads * batch * padded // TILE, head_dim)
     k_rows = jnp.arange(batch, dtype=jnp.int32) if k_rows is None else k_rows
     k_rows = jnp.broadcast_to(k_rows[:, None], (batch, padded // TILE))
-    ranges = [of(k_start, k_end, TILE, block_k) for of in (key_ranges, whole_key_ranges)]
     run = kernel(
         functools.partial(_forward_kernel, settings=settings, heads=several),
         settings,
