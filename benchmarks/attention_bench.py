@@ -333,7 +333,7 @@ def main() -> None:
             print(f"  {name:24s}{''.join(columns)}", flush=True)
         for name, why in measured["failed"].items():
             print(f"  {name:24s}{why}", flush=True)
-    Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
+        Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
     print(f"Written to {options.out}.")
 
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from jax.interpreters import mlir
 from jax.sharding import PartitionSpec
 
-from jaxvlm.kernels import block_ranges, dispatch, intervals
+from jaxvlm.kernels import block_ranges, decode_attention, dispatch, intervals
 from jaxvlm.kernels.attention import attention
 from jaxvlm.parallel import plan_targets
 
@@ -197,6 +197,17 @@ def test_the_gradients_are_the_same_every_time(kernel, interpreted):
     first, second = (with_gradients(kernel, None)(*inputs, *span) for _ in range(2))
     for one, other in zip(first, second, strict=True):
         np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("slots", "head_dim", "reason"), [(304, 64, None), (300, 64, "300 slots"), (304, 72, "72 is no")]
+)
+def test_caches_that_the_copies_cannot_address_are_left_to_xla(slots, head_dim, reason, h100):
+    """Found on an H100: the interpreter copies whatever it is told to."""
+    q, k = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((2, 4, head_dim), (1, 2, 2, slots, head_dim)))
+    with jax.set_mesh(jax.sharding.Mesh(np.array(h100[:1]), ("x",))):
+        found = decode_attention.PALLAS_HOPPER.supports(q, k)
+    assert found is None if reason is None else reason in found
 
 
 DECODING = [shape for shape in decode_cases.SHAPES if shape[4] >= 64]

@@ -30,7 +30,7 @@ ONE_DEVICE = Split((), (), (), ())
 
 # Tokens in a chunk. The head's gradient is read and written once for each, so that fewer would keep an accelerator waiting
 # for its memory; more is more padding in the last chunk. A CPU computes less in the time that it takes to read a number.
-CHUNK = {"cpu": 256}
+CHUNK = {"cpu": 128}
 ACCELERATORS_CHUNK = 1024
 
 

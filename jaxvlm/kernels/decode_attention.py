@@ -66,7 +66,12 @@ def _xla(q, k, v, layer, k_start, k_end, scale, softcap):
 
 
 def _hopper_supports(q, k) -> str | None:
-    return hopper_supports(q, k) or (f"head dimension {q.shape[2]} is no multiple of 16" if q.shape[2] % 16 else None)
+    (*_, slots, head_dim), reason = k.shape, hopper_supports(q, k)
+    if reason is None and head_dim % 16:
+        reason = f"head dimension {head_dim} is no multiple of 16"
+    if reason is None and slots % 8:
+        reason = f"{slots} slots are no multiple of 8"
+    return reason
 
 
 def _hopper(*arguments) -> jax.Array:
