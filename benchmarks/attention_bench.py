@@ -135,7 +135,9 @@ def ours(name: str):
         return attention(q, k, v, k_start=span[0], k_end=span[1], implementation=name)
 
     def prepare(case, ids):
-        return (intervals.causal if case.causal else intervals.bidirectional)(jnp.asarray(ids))
+        if not (case.causal or case.segment):
+            return None, None
+        return intervals.causal(jnp.asarray(ids))
 
     return of_jax(attend, prepare)
 

@@ -190,6 +190,23 @@ def test_blocks_that_need_no_mask():
     np.testing.assert_array_equal(whole.first, [[0, 0, 1, 0]])
 
 
+@settings(max_examples=30)
+@given(st.integers(0, 10**6), st.sampled_from(["causal", "bidirectional", "window", "image", "long", "any"]))
+def test_blocks_that_are_said_to_be_whole_are(seed, kind):
+    """Of all pairs in them, however the intervals lie; and they lie within the blocks that are visited."""
+    length, block, tile = 256, 16, 32
+    start, end = packed(seed, length, length, kind)
+    pairs = (start[..., None] <= jnp.arange(length)) & (jnp.arange(length) < end[..., None])  # [2, queries, keys]
+    touched = block_ranges.query_ranges(start, end, block, tile, length // tile)
+    whole = block_ranges.whole_query_ranges(start, end, block, tile, length // tile, length)
+    for row, number in np.ndindex(2, length // tile):
+        first, count = int(whole.first[row, number]), int(whole.count[row, number])
+        keys = pairs[row, :, number * tile : (number + 1) * tile]
+        assert keys[first * block : (first + count) * block].all()
+        assert count or first == touched.first[row, number]
+        assert touched.first[row, number] <= first and first + count <= (touched.first + touched.count)[row, number]
+
+
 @pytest.mark.parametrize("kernel", ["hopper", "ampere"])
 def test_the_gradients_are_the_same_every_time(kernel, interpreted):
     shape = SHAPES[0]

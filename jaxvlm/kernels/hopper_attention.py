@@ -99,9 +99,7 @@ def _ranges(k_start, k_end, block_q: int, head_dim: int) -> list[Ranges]:
 
 
 def _backward(q, k, v, out, lse, d_out, k_start, k_end, settings: Settings) -> tuple[jax.Array, jax.Array, jax.Array]:
-    if (
-        not settings.full
-    ):  # queries and keys are what the gradients of the scores, which are zero there, are multiplied with
+    if not settings.full:  # the scores' gradients are zero there, but they are multiplied with these
         k = intervals.without_unseen(k, k_start, k_end)
         q = intervals.without_blind(q, *(x[:, : q.shape[1]] for x in (k_start, k_end)))
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1).swapaxes(1, 2)  # [B, H, S]
