@@ -198,7 +198,8 @@ def plan_stage(config: RunConfig, number: int, target: Target, mesh: Mesh, assum
     entry["compile_seconds"] = round(time.perf_counter() - start, 1)
     entry["parameters"] = plan.parameters(state)
     entry["flops"] = plan.step_flops(config, stage, state, tiles, assumed.tokens_per_sample)
-    entry["sent"], exchanged = {}, plan.exchanged(hlo, mesh, entry["length"])
+    tokens = stage.batch_size // stage.accumulate * entry["length"]
+    entry["sent"], exchanged = {}, plan.exchanged(hlo, mesh, tokens)
     for each in exchanged:
         kinds = entry["sent"].setdefault("+".join(each.axes), {})
         kinds[each.kind] = kinds.get(each.kind, 0) + each.times * each.wire_bytes

@@ -34,6 +34,11 @@ CHUNK = {"cpu": 128}
 ACCELERATORS_CHUNK = 1024
 
 
+def usual_chunk() -> int:
+    """Tokens in a chunk where the call does not say, on what the active mesh is made of."""
+    return CHUNK.get(backend(), ACCELERATORS_CHUNK)
+
+
 def linear_cross_entropy(
     hidden: jax.Array,
     kernel: jax.Array,
@@ -79,7 +84,7 @@ def linear_cross_entropy(
             f"and weights {weights.shape} do not fit together."
         )
     hidden, targets = jnp.asarray(hidden), jnp.asarray(targets)  # numpy's cannot be indexed in a loop
-    chunk = chunk or CHUNK.get(backend(), ACCELERATORS_CHUNK)
+    chunk = chunk or usual_chunk()
     settings = chunk, softcap, split, transposed
     loss, nll = _weighted_sum(hidden, kernel, bias, targets, jax.lax.stop_gradient(weights), settings)
     return loss, jax.lax.stop_gradient(nll)

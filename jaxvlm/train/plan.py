@@ -6,7 +6,6 @@ The step is the one that `train.loop` runs: same function, optimiser, shardings 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
 import re
 import tempfile
@@ -23,7 +22,7 @@ from jaxvlm.config import MeshConfig, RunConfig, StageConfig
 from jaxvlm.data.instruction import instruction_fields
 from jaxvlm.data.packing import assemble
 from jaxvlm.data.tiles import tile_regions, tiling, tower_names
-from jaxvlm.kernels.cross_entropy import linear_cross_entropy
+from jaxvlm.kernels.cross_entropy import usual_chunk
 from jaxvlm.models.vlm import VLM, abstract_params
 from jaxvlm.parallel.mesh import require_rows_divide
 from jaxvlm.parallel.rules import batch_sharding, logical_rules
@@ -188,10 +187,12 @@ def _shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
-def exchanged(hlo: str, mesh: Mesh, length: int) -> list[Traffic]:
-    """What devices exchange in a step. The loss is taken to go through all `length` tokens of a row."""
-    chunk = inspect.signature(linear_cross_entropy).parameters["chunk"].default
-    return traffic(hlo, mesh, math.ceil(length / chunk))
+def exchanged(hlo: str, mesh: Mesh, tokens: int) -> list[Traffic]:
+    """What devices exchange in a step. The loss is taken to go through all `tokens` of a micro-batch, evenly divided."""
+    with jax.set_mesh(mesh):
+        chunk = usual_chunk()
+    own = math.ceil(tokens / (mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["context"]))
+    return traffic(hlo, mesh, math.ceil(own / min(chunk, own)))
 
 
 # ---------------------------------------------------------------------------------------------------- what is computed
