@@ -28,15 +28,14 @@ class Split(NamedTuple):
 
 ONE_DEVICE = Split((), (), (), ())
 
-# Tokens in a chunk. The head's gradient is read and written once for each, so that fewer would keep an accelerator waiting
-# for its memory; more is more padding in the last chunk. A CPU computes less in the time that it takes to read a number.
-CHUNK = {"cpu": 128}
-ACCELERATORS_CHUNK = 1024
-
 
 def usual_chunk() -> int:
-    """Tokens in a chunk where the call does not say, on what the active mesh is made of."""
-    return CHUNK.get(backend(), ACCELERATORS_CHUNK)
+    """Tokens in a chunk where the call does not say, on what the active mesh is made of.
+
+    The head's gradient is read and written once for each chunk, so that fewer tokens would keep an accelerator waiting for
+    its memory; more is more padding in the last chunk. A CPU computes less in the time that it takes to read a number.
+    """
+    return 128 if backend() == "cpu" else 1024
 
 
 def linear_cross_entropy(

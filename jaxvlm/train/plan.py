@@ -191,8 +191,8 @@ def exchanged(hlo: str, mesh: Mesh, tokens: int) -> list[Traffic]:
     """What devices exchange in a step. The loss is taken to go through all `tokens` of a micro-batch, evenly divided."""
     with jax.set_mesh(mesh):
         chunk = usual_chunk()
-    own = math.ceil(tokens / (mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["context"]))
-    return traffic(hlo, mesh, math.ceil(own / min(chunk, own)))
+    own = tokens / (mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["context"])
+    return traffic(hlo, mesh, math.ceil(own / chunk))
 
 
 # ---------------------------------------------------------------------------------------------------- what is computed
