@@ -15,6 +15,7 @@ the same tokens, and MFU by `train.flops` (useful FLOPs without recomputation; t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -43,7 +44,8 @@ from jaxvlm.config import LLMConfig, LoRAConfig, MeshConfig, ModelConfig, Optimi
 ON_GPU = jax.default_backend() == "gpu"
 DTYPE = "bfloat16" if ON_GPU else "float32"
 WARM_UP = 2  # steps before the timed ones
-ATTENTION = "STEP_BENCH_ATTENTION"  # --attention, for the child processes
+# --attention and --trace, for the child processes
+ATTENTION, TRACE = "STEP_BENCH_ATTENTION", "STEP_BENCH_TRACE"
 
 
 class Case(NamedTuple):
@@ -87,6 +89,12 @@ PROMPT_TEXT = 48  # tokens of a prompt beside its image
 def model_of(case: Case) -> ModelConfig:
     vision, remat = CLIP_L if ON_GPU else TOY_CLIP, "dots" if case.trainable else "none"  # what fits 80 GB
     return ModelConfig(vision=vision, llm=case.llm, dtype=DTYPE, remat=remat, attention=os.environ.get(ATTENTION, ""))
+
+
+def traced(case: Case) -> contextlib.AbstractContextManager:
+    """jax's profiler for what is done in it, if --trace asks for it."""
+    folder = os.environ.get(TRACE)
+    return jax.profiler.trace(Path(folder) / case.name.replace(" ", "_")) if folder else contextlib.nullcontext()
 
 
 def samples(case: Case, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -159,7 +167,7 @@ def jax_train(case: Case, rounds: int) -> dict:
     from jaxvlm.train import flops
     from jaxvlm.train.optimizer import make_optimizer
     from jaxvlm.train.state import TrainState, flat, split
-    from jaxvlm.train.step import make_step
+    from jaxvlm.train.step import make_step, step_options
 
     model = model_of(case)
     batches = packed_batches(case, rounds + WARM_UP)
@@ -173,13 +181,16 @@ def jax_train(case: Case, rounds: int) -> dict:
     there = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     state = jax.device_put(state, there)  # as it comes back, so that the step is compiled once
     with jax.set_mesh(mesh):
-        step = jax.jit(make_step(VLM(model), optimizer, 1), donate_argnums=0, out_shardings=there)
+        options = dict(donate_argnums=0, out_shardings=there, compiler_options=step_options(model))
+        step = jax.jit(make_step(VLM(model), optimizer, 1), **options)
         for batch in batches:
             on_device = jax.device_put(batch)
             start = time.perf_counter()
             state, metrics = step(state, on_device)
             losses.append(float(metrics["loss"]))
             taken.append(time.perf_counter() - start)
+        with traced(case):
+            jax.block_until_ready(step(state, on_device))
     timed, took = batches[WARM_UP:], sum(taken[WARM_UP:])
     useful = sum(sum(flops.batch_flops(model, batch, shares).values()) for batch in timed)
     tokens = sum(int((batch["segment_ids"] > 0).sum()) for batch in timed)
@@ -226,6 +237,8 @@ def jax_generate(case: Case, rounds: int) -> dict:
         return time.perf_counter() - start, time.perf_counter() - middle
 
     taken = [run() for _ in range(rounds + WARM_UP)][WARM_UP:]
+    with traced(case):
+        run()
     whole, decode = (statistics.median(each) for each in zip(*taken, strict=True))
     cached = 2 * case.llm.depth * case.llm.num_kv_heads * case.llm.head_dim * jnp.dtype(DTYPE).itemsize  # of a token
     weights = sum(
@@ -377,11 +390,13 @@ def main() -> None:
     parser.add_argument("--case", action="append", choices=names, help="this alone (repeatable)")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--attention", default="", help="jaxvlm's kernel by name, as config.model.attention")
+    parser.add_argument("--trace", metavar="DIR", default="", help="keep a profile of one more of jaxvlm's steps there")
     parser.add_argument("--out", default="benchmarks/results/step.json")
     parser.add_argument("--side", choices=["jaxvlm", "torch"], help=argparse.SUPPRESS)
     parser.add_argument("--size", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     os.environ.setdefault(ATTENTION, options.attention)
+    os.environ.setdefault(TRACE, options.trace)
     chosen = [case for case in CASES if case.name in (options.case or names)]
     if options.side:
         print(json.dumps(one_side(chosen[0], options.side, options.rounds, options.size)))

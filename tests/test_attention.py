@@ -96,10 +96,32 @@ def test_arbitrary_intervals_match_the_oracle(seed):
     assert (out[k_start >= k_end] == 0).all()
 
 
+def test_no_intervals_are_full_ones():
+    given = draw(4, 2, 7, 9, 2, 2)
+    expected = run(*given, *intervals.full(2, 7, 9))
+    np.testing.assert_array_equal(jax.jit(attention)(*given), expected)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_what_is_finite_need_not_be_removed(is_causal):
+    ids = np.array([[0, 0, 1, 1, 2, 2, 2], [1, 1, 1, 2, 3, 0, 0]], np.int32)
+    k_start, k_end = intervals.causal(ids) if is_causal else intervals.bidirectional(ids)
+    q, k, v = draw(0, 2, 7, 7, 1, 2)
+    for x in (q, k, v):
+        x[ids == 0] = 1e4
+    cotangent = np.random.default_rng(1).normal(size=q.shape).astype(np.float32)
+    given = (q, k, v, k_start, k_end, cotangent)
+    for promised, removed in zip(gradients(*given, finite=True), gradients(*given), strict=True):
+        np.testing.assert_allclose(promised, removed, rtol=1e-5, atol=1e-6)
+        assert (np.asarray(promised)[ids == 0] == 0).all()
+    promised = jax.jit(partial(attention, finite=True))(q, k, v, k_start=k_start, k_end=k_end)
+    np.testing.assert_allclose(promised, run(q, k, v, k_start, k_end), rtol=1e-5, atol=1e-6)
+
+
 run = jax.jit(lambda q, k, v, k_start, k_end: attention(q, k, v, k_start=k_start, k_end=k_end))
 
 
-@partial(jax.jit, static_argnames=("scale", "softcap"))
+@partial(jax.jit, static_argnames=("scale", "softcap", "finite"))
 def gradients(q, k, v, k_start, k_end, cotangent, **settings):
     return jax.vjp(lambda q, k, v: attention(q, k, v, k_start=k_start, k_end=k_end, **settings), q, k, v)[1](cotangent)
 
@@ -216,6 +238,7 @@ def test_dispatcher(monkeypatch, caplog):
     k_start, k_end = intervals.full(1, 3, 3)
     picky = dispatch.Implementation("picky", lambda q, k: "needs head_dim 128", lambda *args: 1 / 0)
     monkeypatch.setitem(kernels.IMPLEMENTATIONS, "cpu", (picky, kernels.XLA))
+    dispatch._log_choice.cache_clear()
     with caplog.at_level(logging.INFO, dispatch.__name__):
         for _ in range(2):
             attention(q, k, v, k_start=k_start, k_end=k_end)

@@ -176,25 +176,25 @@ def test_packed_segments_equal_separate_rows(llm):
         close(packed[start:end], forward(config, params, alone, ids, np.arange(10)[None])[0, : end - start])
 
 
-def test_rematerialisation_changes_nothing():
+def test_rematerialisation_and_unrolling_change_nothing():
     tokens = np.arange(8, dtype=np.int32)[None]
     params = random_params(model(LLAMA))
 
-    def gradient(remat):
+    def gradient(remat, unroll=None):
         """Of two leaves: one inside the layers and one before them, so the backward pass goes through everything."""
 
         def loss(norm, embedding):
             llm = params["llm"] | {"embed": {"embedding": embedding}}
             llm["layers"] = llm["layers"] | {"attn_norm": norm}
-            return forward(model(LLAMA, remat=remat), {"llm": llm}, tokens, *plain(tokens)).var()
+            return forward(model(LLAMA, remat=remat, unroll=unroll), {"llm": llm}, tokens, *plain(tokens)).var()
 
         return jax.tree.leaves(
             jax.grad(loss, (0, 1))(params["llm"]["layers"]["attn_norm"], params["llm"]["embed"]["embedding"])
         )
 
     kept = gradient("none")
-    for remat in ("dots", "full"):
-        for one, other in zip(gradient(remat), kept, strict=True):
+    for how in (("dots",), ("full",), ("dots", True), ("full", True)):
+        for one, other in zip(gradient(*how), kept, strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 

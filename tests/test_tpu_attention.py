@@ -46,6 +46,7 @@ def with_gradients(kernel: str, softcap: float | None):
     def run(q, k, v, d_out, k_start, k_end):
         def forward(q, k, v):
             if kernel == "tpu":
+                q, k, v = intervals.cleaned(q, k, v, k_start, k_end)
                 return tpu_attention.attention(q, k, v, k_start, k_end, q.shape[-1] ** -0.5, softcap)
             return attention(q, k, v, k_start=k_start, k_end=k_end, softcap=softcap, implementation="xla")
 

@@ -18,6 +18,7 @@ from jaxvlm.config import ModelConfig
 from jaxvlm.infer.sampler import sample, step_keys
 from jaxvlm.kernels import intervals
 from jaxvlm.models.vlm import VLM, init_cache
+from jaxvlm.parallel.compiling import jit
 
 
 class Sampling(NamedTuple):
@@ -30,7 +31,7 @@ class Sampling(NamedTuple):
     limits: jax.Array  # int32 [B], how many tokens a row may write; 0 for the rows that only fill the batch
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jit, static_argnums=0)
 def encode_images(
     config: ModelConfig, params: dict, pixels: Sequence[jax.Array], regions: jax.Array | None = None
 ) -> jax.Array:
@@ -50,13 +51,13 @@ def encode_images(
     return VLM(config).apply({"params": params}, method=run)
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jit, static_argnums=0)
 def read_images(config: ModelConfig, params: dict, features: jax.Array, tokens: jax.Array, mask: jax.Array):
     """Visual tokens [B, T * P, D] of features [B, T, N, Dv] under an instruction for each tile, [B, T, L] and its mask."""
     return VLM(config).apply({"params": params}, features, tokens, mask, method="project")
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jit, static_argnums=(0, 1))
 def prefill(
     config: ModelConfig,
     slots: int,
@@ -107,7 +108,7 @@ def _step(config: ModelConfig, params: dict, cache: dict, token: jax.Array, leng
     return VLM(config).apply({"params": params}, method=run)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+@partial(jit, static_argnums=(0, 1, 2), donate_argnums=4)
 def decode(
     config: ModelConfig,
     capacity: int,
@@ -144,13 +145,13 @@ def decode(
     return out, cache
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jit, static_argnums=0)
 def first_token(greedy: bool, logits: jax.Array, sampling: Sampling) -> jax.Array:
     """The tokens after a prefill, int32 [B]; for streaming."""
     return sample(logits, step_keys(sampling.keys, 0), sampling.temperature, sampling.top_p, greedy)
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+@partial(jit, static_argnums=(0, 1), donate_argnums=3)
 def next_token(
     config: ModelConfig,
     greedy: bool,
@@ -171,7 +172,7 @@ def next_token(
     return sample(logits, keys, sampling.temperature, sampling.top_p, greedy), cache
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jit, static_argnums=0)
 def all_logits(
     config: ModelConfig,
     params: dict,
@@ -192,7 +193,7 @@ def all_logits(
     return VLM(config).apply({"params": params}, method=run)
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jit, static_argnums=0)
 def answer_losses(
     config: ModelConfig,
     params: dict,

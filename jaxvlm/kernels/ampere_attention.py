@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxvlm.kernels import intervals
 from jaxvlm.kernels.block_ranges import key_ranges, query_ranges
 from jaxvlm.kernels.flash import differentiable
 from jaxvlm.kernels.hopper_pieces import LOG2E, LOWEST, Settings, along, bend, visible
@@ -30,11 +29,10 @@ ACC, LEFT, RIGHT = plgpu.Layout.MMA_ACC, plgpu.Layout.MMA_LHS, plgpu.Layout.MMA_
 
 
 def attention(q, k, v, k_start, k_end, scale: float, softcap: float | None) -> jax.Array:
-    """As `jaxvlm.kernels.attention.attention`, for intervals within the keys."""
+    """As `jaxvlm.kernels.attention.attention`, for intervals within the keys and finite numbers."""
     length, head_dim = q.shape[1], q.shape[3]
     tile, block = sizes(head_dim)
     whole = max(tile, block)
-    q, k, v, k_start, k_end = intervals.cleaned(q, k, v, k_start, k_end)
 
     def prepared(x):  # [B, S, H, h] to [B, H, S', h']
         return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, -x.shape[1] % whole), (0, -head_dim % 16)))

@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxvlm.kernels import cpu_attention, tpu_attention
+from jaxvlm.kernels import cpu_attention, intervals, tpu_attention
 from jaxvlm.kernels.dispatch import Implementation, Implementations, choose, device_kind, preferred
-from jaxvlm.kernels.intervals import cleaned
 
 # Above this many query-key pairs the XLA reference goes through the queries in blocks, so that its memory grows with
 # the length and not with its square; below it, one block is faster.
@@ -31,6 +30,7 @@ def attention(
     k_end: jax.Array | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    finite: bool = False,
     implementation: str | None = None,
 ) -> jax.Array:
     """Softmax attention in which query i sees the keys `k_start[i] <= j < k_end[i]`.
@@ -44,9 +44,11 @@ def attention(
         q: [B, S, H, h].
         k, v: [B, T, K, h] with K dividing H.
         k_start, k_end: int32 [B, S]; see `jaxvlm.kernels.intervals`. What is outside 0 to T counts as cut off.
-            None for both where every query sees every key, which spares a kernel to look.
+            None for both where every query sees every key.
         scale: multiplies the scores; h**-0.5 when None.
         softcap: bounds the scaled scores smoothly, softcap * tanh(score / softcap) (Gemma 2, Riviere et al. 2024, §2).
+        finite: promises that keys that nobody sees and queries that see nothing hold finite numbers, which spares a pass
+            over the inputs and their gradients to remove others.
         implementation: forces one by name; None takes the first that supports the call.
 
     Returns:
@@ -56,8 +58,12 @@ def attention(
         ValueError: shapes that do not fit together, or a forced implementation that cannot serve the call.
     """
     _check_shapes(q, k, v, k_start, k_end)
-    if k_start is not None:
+    if k_start is None:
+        k_start, k_end = intervals.full(q.shape[0], q.shape[1], k.shape[1])
+    else:
         k_start, k_end = jnp.maximum(k_start, 0), jnp.minimum(k_end, k.shape[1])
+        if not finite:
+            q, k, v = intervals.cleaned(q, k, v, k_start, k_end)
     chosen = choose("attention", IMPLEMENTATIONS, jax.typeof(q), jax.typeof(k), implementation)
     return chosen.run(q, k, v, k_start, k_end, q.shape[-1] ** -0.5 if scale is None else scale, softcap)
 
@@ -101,7 +107,6 @@ def _check_shapes(q, k, v, k_start, k_end):
 def _xla(q, k, v, k_start, k_end, scale, softcap):
     """The reference: dense for short sequences, over blocks of queries for long ones."""
     batch, length, heads, head_dim = q.shape
-    q, k, v, k_start, k_end = cleaned(q, k, v, k_start, k_end)
     grouped = q.reshape(batch, length, k.shape[2], -1, head_dim)  # [B, S, K, G, h]
     return _softmax_product(grouped, k, v, k_start, k_end, scale, softcap).reshape(q.shape)
 

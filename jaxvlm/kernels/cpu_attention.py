@@ -13,7 +13,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxvlm.kernels import intervals
 from jaxvlm.kernels.block_ranges import key_ranges
 from jaxvlm.kernels.flash import differentiable
 
@@ -37,10 +36,9 @@ def supports(q, k) -> str | None:
 
 
 def attention(q, k, v, k_start, k_end, scale: float, softcap: float | None) -> jax.Array:
-    """As `jaxvlm.kernels.attention.attention`, for intervals within the keys."""
+    """As `jaxvlm.kernels.attention.attention`, for intervals within the keys and finite numbers."""
     batch, length, heads, head_dim = q.shape
     keys, kv_heads = k.shape[1:3]
-    q, k, v, k_start, k_end = intervals.cleaned(q, k, v, k_start, k_end)
     tile, block = even(length), even(keys)
 
     def padded(x, size):

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxvlm.kernels import intervals
 from jaxvlm.kernels.block_ranges import Ranges, key_ranges, whole_key_ranges
 from jaxvlm.kernels.flash import differentiable
 from jaxvlm.kernels.hopper_backward import key_gradients, query_gradients
@@ -26,13 +25,11 @@ INTERPRET: Any = None  # tests put an InterpretGPUParams here
 
 
 def attention(q, k, v, k_start, k_end, scale: float, softcap: float | None) -> jax.Array:
-    """As `jaxvlm.kernels.attention.attention`, for intervals within the keys (or None) and a positive scale."""
+    """As `jaxvlm.kernels.attention.attention`, for intervals within the keys, a positive scale and finite numbers."""
     if scale <= 0:
         raise ValueError(f"attention: the Hopper kernel needs a positive scale, not {scale}.")
     length, head_dim = q.shape[1], q.shape[3]
-    settings = Settings(scale, softcap, INTERPRET, k_start is None)
-    if k_start is None:
-        k_start, k_end = intervals.full(len(q), length, k.shape[1])
+    settings = Settings(scale, softcap, INTERPRET)
     q, k, v = (jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, -head_dim % 16))) for x in (q, k, v))
     # The queries past the end see what the last one sees, so that they never keep a block from being whole.
     rows = (jnp.pad(x, ((0, 0), (0, -length % TILE)), mode="edge") for x in (k_start, k_end))
@@ -89,8 +86,6 @@ def _parts(rows: int, slots: int) -> int:
 
 
 def _forward(q, k, v, k_start, k_end, settings: Settings) -> tuple[jax.Array, jax.Array]:
-    # Whatever unseen keys and blind queries hold, their scores are masked; but 0 * NaN of values would be added up.
-    v = v if settings.full else intervals.without_unseen(v, k_start, k_end)
     return forward(q, k, v, k_start, k_end, settings, _ranges(k_start, k_end, TILE, q.shape[3]))
 
 
@@ -99,9 +94,6 @@ def _ranges(k_start, k_end, block_q: int, head_dim: int) -> list[Ranges]:
 
 
 def _backward(q, k, v, out, lse, d_out, k_start, k_end, settings: Settings) -> tuple[jax.Array, jax.Array, jax.Array]:
-    if not settings.full:  # the scores' gradients are zero there, but they are multiplied with these
-        k = intervals.without_unseen(k, k_start, k_end)
-        q = intervals.without_blind(q, *(x[:, : q.shape[1]] for x in (k_start, k_end)))
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1).swapaxes(1, 2)  # [B, H, S]
     delta = jnp.pad(delta, ((0, 0), (0, 0), (0, lse.shape[2] - delta.shape[2])))
     given = (q, k, v, d_out, lse, delta, k_start, k_end, settings)
@@ -110,7 +102,7 @@ def _backward(q, k, v, out, lse, d_out, k_start, k_end, settings: Settings) -> t
         dk, dv = key_gradients(*given, wanted=("dk", "dv"))
     else:  # the registers hold the sums of one of them
         (dk,), (dv,) = (key_gradients(*given, wanted=(name,)) for name in ("dk", "dv"))
-    return dq, dk if settings.full else intervals.without_unseen(dk, k_start, k_end), dv
+    return dq, dk, dv
 
 
 _flash = differentiable(_forward, _backward)

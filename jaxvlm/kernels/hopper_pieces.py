@@ -22,12 +22,11 @@ LOWEST = -(2.0**100)  # a power of two: times a factor it has no rounding error,
 
 
 class Settings(NamedTuple):
-    """What a kernel is specialised to. `interpret` is an InterpretGPUParams or None; `full` says that all queries see all keys."""
+    """What a kernel is specialised to. `interpret` is an InterpretGPUParams or None."""
 
     scale: float
     softcap: float | None
     interpret: Any
-    full: bool = False
 
 
 def kernel(body, settings: Settings, **options):

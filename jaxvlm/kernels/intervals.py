@@ -62,13 +62,11 @@ def without_unseen(k: jax.Array, k_start: jax.Array, k_end: jax.Array) -> jax.Ar
 
 
 def cleaned(
-    q: jax.Array, k: jax.Array, v: jax.Array, k_start: jax.Array | None, k_end: jax.Array | None
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
-    """What a kernel takes of the arguments of `attention`: nothing in q, k and v that is not used, and intervals."""
-    if k_start is None:
-        return q, k, v, *full(q.shape[0], q.shape[1], k.shape[1])
+    q: jax.Array, k: jax.Array, v: jax.Array, k_start: jax.Array, k_end: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The inputs of attention with all that is not used made zero."""
     k, v = (without_unseen(x, k_start, k_end) for x in (k, v))
-    return without_blind(q, k_start, k_end), k, v, k_start, k_end
+    return without_blind(q, k_start, k_end), k, v
 
 
 def seen(k_start: jax.Array, k_end: jax.Array, keys: int) -> jax.Array:

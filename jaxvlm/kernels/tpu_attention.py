@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxvlm.kernels import intervals
 from jaxvlm.kernels.block_ranges import key_ranges, query_ranges
 from jaxvlm.kernels.flash import differentiable
 
@@ -54,10 +53,9 @@ def supports(q, k) -> str | None:
 
 
 def attention(q, k, v, k_start, k_end, scale: float, softcap: float | None) -> jax.Array:
-    """As `jaxvlm.kernels.attention.attention`, for intervals within the keys."""
+    """As `jaxvlm.kernels.attention.attention`, for intervals within the keys and finite numbers."""
     length, keys = q.shape[1], k.shape[1]
     settings = Settings(scale, softcap, block_size(length), block_size(keys))
-    q, k, v, k_start, k_end = intervals.cleaned(q, k, v, k_start, k_end)
     q = _heads_first(q, settings.block_q)
     k, v = (_heads_first(x, settings.block_k) for x in (k, v))
     rows = [jnp.pad(x, ((0, 0), (0, q.shape[2] - length)))[:, None] for x in (k_start, k_end)]  # [B, 1, S]

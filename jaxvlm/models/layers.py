@@ -251,20 +251,25 @@ REMAT_POLICIES = {
 }
 
 
-def stack(layer: type[nn.Module], depth: int, remat: str, in_axes: tuple) -> type[nn.Module]:
+def stack(layer: type[nn.Module], depth: int, remat: str, in_axes: tuple, unroll: bool = False) -> type[nn.Module]:
     """`depth` copies of `layer` as one scanned module; their parameters gain a leading axis named 'layers'.
 
     `layer.__call__(carry, *inputs)` returns (carry, None). `in_axes` says of each input whether layers share it
-    (`nn.broadcast`) or scan over its axis 0. `remat` is a name of `REMAT_POLICIES`.
+    (`nn.broadcast`) or scan over its axis 0. `remat` is a name of `REMAT_POLICIES`. With `unroll` the program has `depth` layers
+    after one another, which keep their results where they are computed.
     """
     if remat not in REMAT_POLICIES:
         raise ConfigError(f"model.remat must be one of {', '.join(REMAT_POLICIES)}, not '{remat}'.")
-    layer = nn.remat(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)  # scan already prevents it
+    # A loop keeps the compiler from merging what is computed again with the first time. Unrolled, it may where products are
+    # kept: it then keeps what they read as well.
+    prevent = unroll and remat not in ("none", "dots")
+    layer = nn.remat(layer, policy=REMAT_POLICIES[remat], prevent_cse=prevent)
     return nn.scan(
         layer,
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=in_axes,
         length=depth,
+        unroll=depth if unroll else 1,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )

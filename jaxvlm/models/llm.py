@@ -75,7 +75,8 @@ class Attention(nn.Module):
             cache = cache | {name: jax.lax.dynamic_update_slice(cache[name], x, at) for name, x in written.items()}
         own = dict(k_start=k_start, k_end=k_end, scale=c.attn_scale, softcap=c.attn_softcap)
         if cache is None or "index" not in cache:  # nothing comes before these tokens
-            out = sharded_attention(q, k, v, axes=("batch", "length", "heads"), **own)
+            # Padding is a token like others until attention: it holds finite numbers.
+            out = sharded_attention(q, k, v, axes=("batch", "length", "heads"), finite=True, **own)
         else:
             out = sharded_decode_attention(q, cache["k"], cache["v"], layer, **own)
         shape, axes = (c.num_heads, c.head_dim), ("heads", "head_dim")
@@ -133,6 +134,7 @@ class LLM(nn.Module):
     config: LLMConfig
     dtype: jnp.dtype
     remat: str
+    unroll: bool = False  # layers one by one and not in a loop
 
     def setup(self):
         c = self.config
@@ -140,7 +142,7 @@ class LLM(nn.Module):
         if c.learned_positions:
             init = nn.with_logical_partitioning(normal_init, (None, "embed"))
             self.pos_embed = self.param("pos_embed", init, (c.max_positions, c.width))
-        self.layers = stack(Layer, c.depth, self.remat, (0, *(nn.broadcast,) * 3))(c, self.dtype)
+        self.layers = stack(Layer, c.depth, self.remat, (0, *(nn.broadcast,) * 3), self.unroll)(c, self.dtype)
         self.final_norm = norm(c, self.dtype)
         if c.tie_embeddings and c.head_bias:
             raise ConfigError("llm.head_bias needs a head of its own: set llm.tie_embeddings = False.")

@@ -72,12 +72,21 @@ def _yarn_ramp(count: int, theta: float, scaling: RopeScalingConfig) -> np.ndarr
     return np.clip((numbers - first) / np.float32(last - first or 0.001), 0, 1)
 
 
+@jax.custom_vjp
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Turns the first dimensions of x [B, S, H, h], twice as many as `cos` [B, S, 1, n] has; the others stay.
 
-    The layout is Llama's: of the dimensions that turn, i is paired with i + n.
+    The layout is Llama's: of the dimensions that turn, i is paired with i + n. The angles get no gradient.
     """
     n = cos.shape[-1]
     first, second = x[..., :n].astype(jnp.float32), x[..., n : 2 * n].astype(jnp.float32)
     turned = [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate([each.astype(x.dtype) for each in turned] + [x[..., 2 * n :]], axis=-1)
+
+
+def _pull(angles: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, None, None]:
+    cos, sin = angles
+    return rotate(gradient, cos, -sin), None, None  # back by the same angle; jax's own gradient pads and adds halves
+
+
+rotate.defvjp(lambda x, cos, sin: (rotate(x, cos, sin), (cos, sin)), _pull)

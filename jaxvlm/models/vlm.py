@@ -44,7 +44,7 @@ class VLM(nn.Module):
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         self.vision = tower(c.vision, dtype, c.remat)
         self.connector = connector(c, dtype)
-        self.llm = LLM(c.llm, dtype, c.remat)
+        self.llm = LLM(c.llm, dtype, c.remat, bool(c.unroll))
 
     def __call__(self, batch: dict[str, jax.Array], cache: Cache | None = None):
         """hidden [B, S, D] of a batch; with an empty cache, a prefill: (hidden, cache).

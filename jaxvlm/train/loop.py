@@ -25,7 +25,7 @@ from jaxvlm.train.checkpoint import StageCheckpointer, content_hash
 from jaxvlm.train.metrics import Meter, StageResult
 from jaxvlm.train.optimizer import averaged, make_optimizer, opt_state_shardings
 from jaxvlm.train.state import TrainState, cast, flat, merge, split
-from jaxvlm.train.step import make_step
+from jaxvlm.train.step import make_step, step_options
 from jaxvlm.train.watch import Ask, due, measures
 from jaxvlm.weights.saved import explain_full_disk
 
@@ -98,6 +98,7 @@ def train_stage(
         make_step(model, optimizer, len(loader.source_names), stage.accumulate, loader.seed),
         donate_argnums=0,
         out_shardings=(shardings, None),
+        compiler_options=step_options(model_config),
     )
     metrics = workdir / "metrics.jsonl"
     meter = Meter(stage, model_config, state, num_steps, start, metrics, log or LogConfig(), loader.stats())

@@ -31,7 +31,7 @@ from jaxvlm.train.flops import batch_flops, trainable_shares
 from jaxvlm.train.loop import state_shardings
 from jaxvlm.train.optimizer import make_optimizer
 from jaxvlm.train.state import TrainState, cast, count, flat, merge, split
-from jaxvlm.train.step import loss_sums, make_step
+from jaxvlm.train.step import loss_sums, make_step, step_options
 
 # Samples of an epoch, by the name of the file; counted by their authors. Others say it in their name ('..._mix1231k').
 SAMPLES = {"llava_v1_5_mix665k": 665_298, "blip_laion_cc_sbu_558k": 558_128}
@@ -137,8 +137,9 @@ def compile_step(
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
     with jax.set_mesh(mesh):  # only now: nothing can be computed on devices that are not there
         lowered = jitted.trace(state, batch).lower(lowering_platforms=(platform,))
+        options = step_options(config.model)
     if platform != "tpu":
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=options)
         return compiled, state, compiled.as_text()
     # A libtpu newer than jaxlib writes asynchronous instructions that `as_text` cannot read; its own dump is the same text.
     with tempfile.TemporaryDirectory() as folder:
