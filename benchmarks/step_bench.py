@@ -4,12 +4,14 @@
 
 On a GPU in bfloat16: stage 1 of the 7B (frozen decoder), its LoRA stage, full fine-tunes of a 1.1B and a 3B decoder, and greedy
 generation by the 7B; on a CPU the same code on a toy model in float32. Parameters are random. Samples have the lengths of the
-665K mixture (those of packing_bench.py; captions for stage 1): jaxvlm packs them into rows; torch has as many of them in a batch,
-grouped by length and padded, with gradient checkpointing and sdpa, which is how the reference trainers do it.
+665K mixture (those of packing_bench.py; captions for stage 1): jaxvlm packs them into rows of the length that suits them; torch has
+as many of them in a batch, grouped by length and padded, with gradient checkpointing and sdpa, which is how the reference trainers
+do it.
 
-Each side of each case is a process of its own, which has the device alone. Every step takes other samples. Reported are useful
-tokens a second over all timed steps (padding is not useful; an image counts its visual tokens), torch's time over ours for
-the same tokens, and MFU by `train.flops` (useful FLOPs without recomputation; torch's from the ratio).
+Each side of each case is a process of its own, which has the device alone. Every step takes other samples, and waits for the one
+before it, as training does. Reported are useful tokens a second over all timed steps (padding is not useful; an image counts its
+visual tokens), torch's time over ours for the same tokens, and MFU by `train.flops` (useful FLOPs without recomputation; torch's
+from the ratio).
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -49,13 +52,14 @@ ATTENTION, TRACE = "STEP_BENCH_ATTENTION", "STEP_BENCH_TRACE"
 
 
 class Case(NamedTuple):
-    """`rows` of `length` tokens make a step; for generation they are the batch, and `length` the new tokens."""
+    """`rows` of `length` tokens and `slots` images make a step; for generation they are the batch, and `length` the new tokens."""
 
     name: str
     llm: LLMConfig
     trainable: tuple[str, ...] = ()  # of a training step
     rows: int = 1
     length: int = 2048
+    slots: int = 3
     captions: bool = False  # an image and a short text each
 
 
@@ -69,10 +73,10 @@ LORA = LoRAConfig(rank=128, alpha=256.0)
 ALIGN, ADAPT, TUNE = ("connector/.*",), ("connector/.*", "llm/.*lora_.*"), ("connector/.*", "llm/.*")
 
 GPU_CASES = [
-    Case("stage 1, 7B", LLAMA_7B, ALIGN, rows=8, captions=True),
-    Case("stage 2, LoRA, 7B", dataclasses.replace(LLAMA_7B, lora=LORA), ADAPT, rows=4),
-    Case("stage 2, 1.1B", LLAMA_1B, TUNE, rows=8),
-    Case("stage 2, 3B", LLAMA_3B, TUNE, rows=4),
+    Case("stage 1, 7B", LLAMA_7B, ALIGN, rows=7, length=2432, slots=4, captions=True),
+    Case("stage 2, LoRA, 7B", dataclasses.replace(LLAMA_7B, lora=LORA), ADAPT, rows=2, length=4096, slots=5),
+    Case("stage 2, 1.1B", LLAMA_1B, TUNE, rows=4, length=4096, slots=5),
+    Case("stage 2, 3B", LLAMA_3B, TUNE, rows=2, length=4096, slots=5),
     Case("generation, 7B, batch 1", LLAMA_7B, rows=1, length=128),
     Case("generation, 7B, batch 32", LLAMA_7B, rows=32, length=128),
 ]
@@ -84,6 +88,8 @@ CPU_CASES = [
 ]
 CASES = GPU_CASES if ON_GPU else CPU_CASES
 PROMPT_TEXT = 48  # tokens of a prompt beside its image
+POOL = 10_000  # samples that rows are packed from
+LONGEST = 2048  # tokens of a sample, where LLaVA cuts it
 
 
 def model_of(case: Case) -> ModelConfig:
@@ -97,12 +103,26 @@ def traced(case: Case) -> contextlib.AbstractContextManager:
     return jax.profiler.trace(Path(folder) / case.name.replace(" ", "_")) if folder else contextlib.nullcontext()
 
 
-def samples(case: Case, count: int) -> tuple[np.ndarray, np.ndarray]:
+def samples(case: Case) -> tuple[np.ndarray, np.ndarray]:
     """Lengths, the visual tokens included, and images (0 or 1) of samples in random order."""
     if not case.captions:
-        return mixture(count, case.length)[:2]
-    text = np.random.default_rng(0).lognormal(3.1, 0.4, count).astype(int) + 3  # 25 tokens or so
-    return text + 576, np.ones(count, int)
+        return mixture(POOL, LONGEST)[:2]
+    text = np.random.default_rng(0).lognormal(3.1, 0.4, POOL).astype(int) + 3  # 25 tokens or so
+    return text + 576, np.ones(POOL, int)
+
+
+def timed(step: Callable, batches: Iterable) -> tuple[list[float], list[float]]:
+    """The losses of all steps, and the seconds of each after `WARM_UP`. A step returns its loss, on the device, and the next is
+    given to the device before that is waited for."""
+    losses, waiting, stamps = [], [], []
+    for number, batch in enumerate(batches):
+        waiting.append(step(batch))
+        while len(waiting) > (number >= WARM_UP):
+            losses.append(float(waiting.pop(0)))
+            stamps.append(time.perf_counter())
+    losses.append(float(waiting.pop()))
+    stamps.append(time.perf_counter())
+    return losses, np.diff(stamps)[WARM_UP - 1 :].tolist()
 
 
 # ----------------------------------------------------------------------------------------------------------- jaxvlm
@@ -112,9 +132,8 @@ def packed_batches(case: Case, steps: int) -> list[dict[str, np.ndarray]]:
     """Batches of random tokens and pixels in the layout of the loader's."""
     from jaxvlm.data import packing
 
-    tiles = case.length // 576
-    lengths, images = samples(case, 4 * steps * case.rows * case.length // 576 + 64)
-    rows, rng = packing.plan(lengths, images, case.length, tiles), np.random.default_rng(1)
+    lengths, images = samples(case)
+    rows, rng = packing.plan(lengths, images, case.length, case.slots), np.random.default_rng(1)
     side = model_of(case).vision.image_size
     found = []
     for step in range(steps):
@@ -124,8 +143,8 @@ def packed_batches(case: Case, steps: int) -> list[dict[str, np.ndarray]]:
             "targets": rng.integers(3, case.llm.vocab_size, shape, dtype=np.int32),
             "visual_index": np.full(shape, -1, np.int32),
             "loss_weights": np.zeros(shape, np.float32),
-            "pixels": rng.integers(0, 256, (case.rows, tiles, side, side, 3), dtype=np.uint8),
-            "tile_mask": np.zeros((case.rows, tiles), bool),
+            "pixels": rng.integers(0, 256, (case.rows, case.slots, side, side, 3), dtype=np.uint8),
+            "tile_mask": np.zeros((case.rows, case.slots), bool),
         }
         batch |= {name: np.zeros(shape, np.int32) for name in ("positions", "segment_ids", "source_ids")}
         for row in range(case.rows):
@@ -176,24 +195,24 @@ def jax_train(case: Case, rounds: int) -> dict:
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-4), 1000, trainable)
     state = TrainState(jnp.int32(0), trainable, frozen, jax.jit(optimizer.init)(trainable))
     del trainable, frozen
-    taken, losses = [], []
     mesh = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
     there = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     state = jax.device_put(state, there)  # as it comes back, so that the step is compiled once
     with jax.set_mesh(mesh):
         options = dict(donate_argnums=0, out_shardings=there, compiler_options=step_options(model))
         step = jax.jit(make_step(VLM(model), optimizer, 1), **options)
-        for batch in batches:
-            on_device = jax.device_put(batch)
-            start = time.perf_counter()
-            state, metrics = step(state, on_device)
-            losses.append(float(metrics["loss"]))
-            taken.append(time.perf_counter() - start)
+
+        def one(batch):
+            nonlocal state
+            state, metrics = step(state, batch)
+            return metrics["loss"]
+
+        losses, taken = timed(one, map(jax.device_put, batches))
         with traced(case):
-            jax.block_until_ready(step(state, on_device))
-    timed, took = batches[WARM_UP:], sum(taken[WARM_UP:])
-    useful = sum(sum(flops.batch_flops(model, batch, shares).values()) for batch in timed)
-    tokens = sum(int((batch["segment_ids"] > 0).sum()) for batch in timed)
+            float(one(jax.device_put(batches[-1])))
+    counted, took = batches[WARM_UP:], sum(taken)
+    useful = sum(sum(flops.batch_flops(model, batch, shares).values()) for batch in counted)
+    tokens = sum(int((batch["segment_ids"] > 0).sum()) for batch in counted)
     peak, source = flops.peak_flops()
     return {
         "tokens_per_second": tokens / took,
@@ -201,8 +220,8 @@ def jax_train(case: Case, rounds: int) -> dict:
         "peak": source,
         "seconds": taken,
         "losses": losses,
-        "fill": tokens / (len(timed) * case.rows * case.length),
-        "samples_per_step": float(np.mean([batch["segment_ids"].max(axis=1).sum() for batch in timed])),
+        "fill": tokens / (len(counted) * case.rows * case.length),
+        "samples_per_step": float(np.mean([batch["segment_ids"].max(axis=1).sum() for batch in counted])),
     }
 
 
@@ -294,7 +313,7 @@ def torch_model(case: Case):
 
 def grouped_batches(case: Case, steps: int, size: int) -> list[np.ndarray]:
     """Samples of each step: within 50 batches sorted by length, then batches in random order (as LLaVA groups them)."""
-    lengths, _ = samples(case, 4 * steps * case.rows * case.length // 576 + 64)
+    lengths, _ = samples(case)
     rng = np.random.default_rng(2)
     chosen = rng.permutation(len(lengths))[: steps * size]
     batches = np.array_split(chosen[np.argsort(lengths[chosen], kind="stable")], steps)
@@ -310,8 +329,8 @@ def torch_train(case: Case, rounds: int, size: int) -> dict:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
-    lengths, images = samples(case, 4 * (rounds + WARM_UP) * case.rows * case.length // 576 + 64)
-    rng, taken, losses, tokens = np.random.default_rng(1), [], [], []
+    (lengths, images), rng = samples(case), np.random.default_rng(1)
+    batches, tokens = [], []
     for chosen in grouped_batches(case, rounds + WARM_UP, size):
         longest = int(lengths[chosen].max())
         ids = rng.integers(3, case.llm.vocab_size, (len(chosen), longest))
@@ -324,17 +343,19 @@ def torch_train(case: Case, rounds: int, size: int) -> dict:
         if images[chosen].any():
             shape = (int(images[chosen].sum()), 3, side, side)
             inputs["pixel_values"] = torch.randn(shape, device=device, dtype=getattr(torch, DTYPE))
-        start = time.perf_counter()
+        batches.append(inputs)
+        tokens.append(int(lengths[chosen].sum()))
+
+    def one(inputs):
         with torch.autocast(device, torch.bfloat16, enabled=ON_GPU):
             loss = model(**inputs, use_cache=False).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(loss.item())
-        taken.append(time.perf_counter() - start)
-        tokens.append(int(lengths[chosen].sum()))
-    timed = slice(WARM_UP, None)
-    return {"tokens_per_second": sum(tokens[timed]) / sum(taken[timed]), "seconds": taken, "losses": losses}
+        return loss.detach()
+
+    losses, taken = timed(one, batches)
+    return {"tokens_per_second": sum(tokens[WARM_UP:]) / sum(taken), "seconds": taken, "losses": losses}
 
 
 def torch_generate(case: Case, rounds: int) -> dict:

@@ -12,6 +12,7 @@ from parity_log import record_parity
 
 from jaxvlm.config import ConfigError, LLMConfig, ModelConfig, VisionConfig
 from jaxvlm.models.convnet import STAGES
+from jaxvlm.models import vit
 from jaxvlm.models.vit import num_layers
 from jaxvlm.models.vlm import VLM, abstract_params
 
@@ -61,8 +62,11 @@ FAMILIES = {
 }
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])  # where tokens are padded to eights
 @pytest.mark.parametrize("family", FAMILIES)
-def test_features_equal_transformers(family):
+def test_features_equal_transformers(family, platform, monkeypatch):
+    monkeypatch.setattr(vit, "backend", lambda: platform)
+    encode.clear_cache()
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     ours, extra = FAMILIES[family]
     config = getattr(transformers, family + "Config")(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxvlm.config import ModelConfig
 from jaxvlm.infer.sampler import sample, step_keys
 from jaxvlm.kernels import intervals
-from jaxvlm.models.vlm import VLM, init_cache
+from jaxvlm.models.vlm import VLM, init_cache, settled
 from jaxvlm.parallel.compiling import jit
 
 
@@ -124,7 +124,7 @@ def decode(
     A row ends with a token of `end_ids` (which is part of the result) or at its limit, of at most `capacity`.
     The cache is returned only so that the donated one can be updated where it lies.
     """
-    prompt = cache["index"]  # the padded length P
+    prompt, config = cache["index"], settled(config)  # the padded length P
 
     def choose(logits, at, done, out):
         token = sample(logits, step_keys(sampling.keys, at), sampling.temperature, sampling.top_p, greedy)

@@ -18,10 +18,11 @@ import jax.numpy as jnp
 from jaxvlm.kernels.block_ranges import Ranges, key_ranges, whole_key_ranges
 from jaxvlm.kernels.flash import differentiable
 from jaxvlm.kernels.hopper_backward import key_gradients, query_gradients
-from jaxvlm.kernels.hopper_forward import forward, key_block
+from jaxvlm.kernels.hopper_forward import forward
 from jaxvlm.kernels.hopper_pieces import MULTIPROCESSORS, TILE, Settings
 
 INTERPRET: Any = None  # tests put an InterpretGPUParams here
+DECODE_BLOCK = 64  # slots, of which a row's last block reads too many
 
 
 def attention(q, k, v, k_start, k_end, scale: float, softcap: float | None) -> jax.Array:
@@ -59,9 +60,9 @@ def decode_attention(q, k, v, layer, k_start, k_end, scale: float, softcap: floa
     queries = jnp.broadcast_to(q.reshape(rows, 1, group, 1, head_dim), (rows, parts, group, 1, head_dim))
     queries = jnp.pad(queries.reshape(-1, group, 1, head_dim), ((0, 0), (0, -group % 8), (0, 0), (0, 0)))
     k, v = (x.reshape(-1, slots, 1, head_dim) for x in (k, v))
-    ranges = _ranges(start, end, 1, head_dim)  # all of a tile's queries see the same
+    ranges = _ranges(start, end, 1, DECODE_BLOCK)  # all of a tile's queries see the same
     start, end = (jnp.broadcast_to(x, (len(x), TILE)) for x in (start, end))
-    out, lse = forward(queries, k, v, start, end, Settings(scale, softcap, INTERPRET), ranges, k_rows)
+    out, lse = forward(queries, k, v, start, end, Settings(scale, softcap, INTERPRET), ranges, DECODE_BLOCK, k_rows)
     out = out[:, :group, 0]
     if parts == 1:
         return out.reshape(q.shape)
@@ -77,20 +78,21 @@ def decode_attention(q, k, v, layer, k_start, k_end, scale: float, softcap: floa
 
 def _parts(rows: int, slots: int) -> int:
     """Into how many parts a row's slots are shared out, each of them a block of threads, of which a multiprocessor runs one
-    at a time: the number that takes the fewest steps, two for the start of a block included."""
+    at a time: the number that takes the least time, the start of a block of threads counted as 256 slots."""
 
-    def steps(parts: int) -> int:
-        return -(-rows * parts // MULTIPROCESSORS) * (-(-slots // parts // 128) + 2)
+    def time(parts: int) -> int:
+        return -(-rows * parts // MULTIPROCESSORS) * (-(-slots // parts // DECODE_BLOCK) * DECODE_BLOCK + 256)
 
-    return min(range(1, -(-slots // 128) + 1), key=steps)
+    return min(range(1, -(-slots // 128) + 1), key=time)
 
 
 def _forward(q, k, v, k_start, k_end, settings: Settings) -> tuple[jax.Array, jax.Array]:
-    return forward(q, k, v, k_start, k_end, settings, _ranges(k_start, k_end, TILE, q.shape[3]))
+    block_k = 128 if q.shape[3] <= 128 else 64
+    return forward(q, k, v, k_start, k_end, settings, _ranges(k_start, k_end, TILE, block_k), block_k)
 
 
-def _ranges(k_start, k_end, block_q: int, head_dim: int) -> list[Ranges]:
-    return [of(k_start, k_end, block_q, key_block(head_dim)) for of in (key_ranges, whole_key_ranges)]
+def _ranges(k_start, k_end, block_q: int, block_k: int) -> list[Ranges]:
+    return [of(k_start, k_end, block_q, block_k) for of in (key_ranges, whole_key_ranges)]
 
 
 def _backward(q, k, v, out, lse, d_out, k_start, k_end, settings: Settings) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -139,22 +139,16 @@ def _forward_kernel(
         fetch_keys(k, v, k_s, v_s, k_here, v_here, k_read, v_read, count, block, row, first_head, heads, group)
 
 
-def key_block(head_dim: int) -> int:
-    """Keys in a block of the forward kernel."""
-    return 128 if head_dim <= 128 else 64
-
-
 def forward(
-    q, k, v, k_start, k_end, settings: Settings, ranges: list[Ranges], k_rows: jax.Array | None = None
+    q, k, v, k_start, k_end, settings: Settings, ranges: list[Ranges], block_k: int, k_rows: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """out [B, S, H, h], and the scores' log2-sum-exp2 [B, H, S'] of the padded length.
 
-    `ranges` are the `key_ranges` and `whole_key_ranges` of each tile. With `k_rows`, int32 [B], row b of the queries reads
+    `ranges` are the `key_ranges` and `whole_key_ranges` of each tile, in blocks of `block_k` keys. With `k_rows`, int32 [B], row b of the queries reads
     that row of k and v, which may have any number of them.
     """
     batch, _, heads, head_dim = q.shape
     padded = k_start.shape[1]
-    block_k = key_block(head_dim)
     several = heads_of_a_block(heads, heads * batch * padded // TILE, head_dim)
     k_rows = jnp.arange(batch, dtype=jnp.int32) if k_rows is None else k_rows
     k_rows = jnp.broadcast_to(k_rows[:, None], (batch, padded // TILE))

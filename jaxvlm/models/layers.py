@@ -167,7 +167,11 @@ class Projection(nn.Module):
         y = self._contract(x, "kernel", self.shape_in, self.shape_out, self.axes_in + self.axes_out, self.kernel_init)
         if self.bias:
             init = nn.with_logical_partitioning(self.bias_init, self.axes_out)
-            y = y + self.param("bias", init, self.shape_out).astype(self.dtype)
+            bias = self.param("bias", init, self.shape_out).astype(self.dtype)
+            if _context() > 1:
+                y = y + bias
+            else:  # as two matrices, which cuBLAS adds to its product
+                y = (y.reshape(-1, bias.size) + bias.reshape(-1)).reshape(y.shape)
         if self.lora.rank and self.name in self.lora.targets:
             rank, init_a = (self.lora.rank,), uniform_fan_in(math.prod(self.shape_in))
             if self.lora.dropout and self.has_rng("dropout"):

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxvlm.config import ConfigError, VisionConfig
+from jaxvlm.kernels import intervals
+from jaxvlm.kernels.dispatch import backend
 from jaxvlm.models.layers import Projection, activation, constrain, layer_norm, normal_init, sharded_attention, stack
 
 
@@ -45,6 +47,7 @@ def patches(x: jax.Array, size: int) -> jax.Array:
 class Attention(nn.Module):
     config: VisionConfig
     dtype: jnp.dtype
+    tokens: int  # of [B, N, D]; the rest is padding, which nobody sees
 
     @nn.compact
     def __call__(self, x):
@@ -56,7 +59,11 @@ class Attention(nn.Module):
             return constrain(to_heads(x), ("tiles", "visual_length", *axes))
 
         q, k, v = project("q"), project("k"), project("v")  # [B, N, H, h]
-        out = sharded_attention(q, k, v, axes=("tiles", "visual_length", "vision_heads"))
+        span = {}
+        if x.shape[1] > self.tokens:
+            k_start, k_end = intervals.full(len(x), x.shape[1], self.tokens)
+            span = dict(k_start=k_start, k_end=k_end, finite=True)
+        out = sharded_attention(q, k, v, axes=("tiles", "visual_length", "vision_heads"), **span)
         return Projection(shape, (c.width,), axes, ("vision_embed",), self.dtype, True, c.lora, name="o")(out)
 
 
@@ -83,13 +90,14 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     config: VisionConfig
     dtype: jnp.dtype
+    tokens: int  # as in `Attention`
     kept: tuple[int, ...]  # layers whose output is wanted, besides the last one's
 
     @nn.compact
     def __call__(self, carry, number):
         """carry: x [B, N, D] and an array like it for each of `kept`; `number` counts the layers from 1."""
         c, (x, outputs) = self.config, carry
-        x = x + self._scaled("scale1", Attention(c, self.dtype, name="attn")(self._norm("norm1", x)))
+        x = x + self._scaled("scale1", Attention(c, self.dtype, self.tokens, name="attn")(self._norm("norm1", x)))
         x = x + self._scaled("scale2", MLP(c, self.dtype, name="mlp")(self._norm("norm2", x)))
         x = constrain(x, ("tiles", "visual_length", None))
         outputs = tuple(jnp.where(number == n, x, old) for n, old in zip(self.kept, outputs, strict=True))
@@ -124,14 +132,19 @@ class ViT(nn.Module):
         x = self._embed(pixels.astype(self.dtype))  # [B, prefix + N, D]
         if c.pre_norm:
             x = layer_norm(c.norm_eps, self.dtype, "vision_embed", "pre_norm")(x)
+        length = x.shape[1]
+        if (
+            backend() == "gpu"
+        ):  # cuBLAS and the attention kernels want eights: once here, or before and after each of them
+            x = jnp.pad(x, ((0, 0), (0, -length % 8), (0, 0)))
         *kept, last = sorted(set(states))
-        layers = stack(Layer, last, self.remat, in_axes=(0,))(c, self.dtype, tuple(kept), name="layers")
+        layers = stack(Layer, last, self.remat, in_axes=(0,))(c, self.dtype, length, tuple(kept), name="layers")
         (x, outputs), _ = layers((x, tuple(jnp.zeros_like(x) for _ in kept)), jnp.arange(1, last + 1))
         found = dict(zip(kept, outputs, strict=True)) | {last: x}
         if c.feature_norm:
             norm = layer_norm(c.norm_eps, self.dtype, "vision_embed", "post_norm")
             found = {number: norm(x) for number, x in found.items()}
-        x = jnp.concatenate([found[number] for number in states], axis=-1)
+        x = jnp.concatenate([found[number] for number in states], axis=-1)[:, :length]
         grid = x[:, c.class_token + c.num_registers :]
         return jnp.concatenate([x[:, :1], grid], axis=1) if c.feature_tokens == "cls_patch" else grid
 

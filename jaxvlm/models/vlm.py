@@ -4,6 +4,7 @@ The module holds no state: `VLM(config).apply({"params": params}, batch)` is a p
 nested dict with the parts 'vision', 'connector' and 'llm'. Any part may be missing that the called method does not use.
 """
 
+import dataclasses
 from functools import partial
 
 import flax.linen as nn
@@ -14,6 +15,7 @@ from jaxvlm.config import ModelConfig
 from jaxvlm.kernels import intervals
 from jaxvlm.kernels.attention import preferring
 from jaxvlm.kernels.cross_entropy import Split
+from jaxvlm.kernels.dispatch import backend
 from jaxvlm.models.connectors import connector
 from jaxvlm.models.layers import constrain
 from jaxvlm.models.llm import LLM, Cache, init_cache
@@ -174,6 +176,14 @@ def _tower_names(config: ModelConfig, what: str) -> list[str]:
 
 def _by_tower(config: ModelConfig, batch: dict[str, jax.Array], what: str) -> tuple[jax.Array, ...]:
     return tuple(batch[name] for name in _tower_names(config, what) if name in batch)
+
+
+def settled(config: ModelConfig) -> ModelConfig:
+    """`config` with `unroll` decided, where it is not, for a program that runs often on the mesh of `jax.set_mesh` (or without)."""
+    if config.unroll is not None:
+        return config
+    # Among several devices the loop is what keeps the compiler from gathering many layers' parameters at once.
+    return dataclasses.replace(config, unroll=backend() == "gpu" and jax.sharding.get_abstract_mesh().size <= 1)
 
 
 # ---------------------------------------------------------------------------------------------------------- parameters

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,7 @@ from flax import linen as nn
 from jaxvlm.config import ModelConfig
 from jaxvlm.kernels.cross_entropy import linear_cross_entropy
 from jaxvlm.kernels.dispatch import backend
-from jaxvlm.models.vlm import VLM, head_bias, head_kernel, head_split
+from jaxvlm.models.vlm import VLM, head_bias, head_kernel, head_split, settled
 from jaxvlm.parallel.compiling import Options, compiler_options
 from jaxvlm.parallel.rules import logical_rules
 from jaxvlm.train.state import TrainState, merge
@@ -65,8 +64,7 @@ def make_step(
     def gradients(trainable: dict, frozen: dict, batch: dict, weights: jax.Array, key: jax.Array) -> Any:
         def loss(trainable):
             dropout = key if drops else None
-            settled = VLM(settled_model(model.config))
-            return loss_sums(settled, merge(trainable, frozen), batch, weights, num_sources, dropout)
+            return loss_sums(VLM(settled(model.config)), merge(trainable, frozen), batch, weights, num_sources, dropout)
 
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(trainable)
         return {"loss": value, **metrics}, grads
@@ -97,17 +95,9 @@ def make_step(
     return step
 
 
-def settled_model(config: ModelConfig) -> ModelConfig:
-    """`config` with `unroll` decided, where it is not, for the mesh of `jax.set_mesh`."""
-    if config.unroll is not None:
-        return config
-    # Among several devices the loop is what keeps the compiler from gathering many layers' parameters at once.
-    return dataclasses.replace(config, unroll=backend() == "gpu" and jax.sharding.get_abstract_mesh().size == 1)
-
-
 def step_options(config: ModelConfig) -> Options:
     """What `make_step`'s function is compiled with for the mesh of `jax.set_mesh`."""
-    return compiler_options(backend(), keeping=not settled_model(config).unroll)
+    return compiler_options(backend(), keeping=not settled(config).unroll)
 
 
 def make_evaluate(model: VLM, num_sources: int) -> Callable[[dict, dict, dict], dict[str, jax.Array]]:
