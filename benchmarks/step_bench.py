@@ -8,10 +8,10 @@ generation by the 7B; on a CPU the same code on a toy model in float32. Paramete
 as many of them in a batch, grouped by length and padded, with gradient checkpointing and sdpa, which is how the reference trainers
 do it.
 
-Each side of each case is a process of its own, which has the device alone. Every step takes other samples, and waits for the one
-before it, as training does. Reported are useful tokens a second over all timed steps (padding is not useful; an image counts its
-visual tokens), torch's time over ours for the same tokens, and MFU by `train.flops` (useful FLOPs without recomputation; torch's
-from the ratio).
+Each side of each case is a process of its own, which has the device alone. Every step takes other samples. jaxvlm's waits for the
+one before it and torch's for itself, as their trainers do. Reported are useful tokens a second (padding is not useful; an image
+counts its visual tokens), of jaxvlm over all timed steps and of torch the median of its steps, since each new shape costs it
+seconds once; their ratio, and MFU by `train.flops` (useful FLOPs without recomputation; torch's from the ratio).
 """
 
 from __future__ import annotations
@@ -111,17 +111,21 @@ def samples(case: Case) -> tuple[np.ndarray, np.ndarray]:
     return text + 576, np.ones(POOL, int)
 
 
-def timed(step: Callable, batches: Iterable) -> tuple[list[float], list[float]]:
-    """The losses of all steps, and the seconds of each after `WARM_UP`. A step returns its loss, on the device, and the next is
-    given to the device before that is waited for."""
+def timed(step: Callable, batches: Iterable, ahead: bool) -> tuple[list[float], list[float]]:
+    """The losses of all steps, and the seconds between those of the timed ones. A step returns its loss, on the device; with
+    `ahead` the next timed step is given to the device before that is waited for."""
     losses, waiting, stamps = [], [], []
+
+    def wait():
+        losses.append(float(waiting.pop(0)))
+        stamps.append(time.perf_counter())
+
     for number, batch in enumerate(batches):
         waiting.append(step(batch))
-        while len(waiting) > (number >= WARM_UP):
-            losses.append(float(waiting.pop(0)))
-            stamps.append(time.perf_counter())
-    losses.append(float(waiting.pop()))
-    stamps.append(time.perf_counter())
+        while len(waiting) > (ahead and number >= WARM_UP):
+            wait()
+    while waiting:
+        wait()
     return losses, np.diff(stamps)[WARM_UP - 1 :].tolist()
 
 
@@ -207,7 +211,7 @@ def jax_train(case: Case, rounds: int) -> dict:
             state, metrics = step(state, batch)
             return metrics["loss"]
 
-        losses, taken = timed(one, map(jax.device_put, batches))
+        losses, taken = timed(one, map(jax.device_put, batches), ahead=True)
         with traced(case):
             float(one(jax.device_put(batches[-1])))
     counted, took = batches[WARM_UP:], sum(taken)
@@ -303,7 +307,7 @@ def torch_model(case: Case):
                 for name, child in list(module.named_children()):
                     if name in TARGETS:
                         setattr(module, name, Adapter(child, c.lora.rank, c.lora.alpha / c.lora.rank))
-    trained = [model.model.multi_modal_projector]
+    trained = [model.model.multi_modal_projector] if case.trainable else []
     if case.trainable == TUNE:
         trained += [model.model.language_model, model.lm_head]
     for module in trained:
@@ -354,8 +358,9 @@ def torch_train(case: Case, rounds: int, size: int) -> dict:
         optimizer.step()
         return loss.detach()
 
-    losses, taken = timed(one, batches)
-    return {"tokens_per_second": sum(tokens[WARM_UP:]) / sum(taken), "seconds": taken, "losses": losses}
+    losses, taken = timed(one, batches, ahead=False)
+    rates = np.array(tokens[WARM_UP:]) / taken
+    return {"tokens_per_second": float(np.median(rates)), "rates": rates.tolist(), "seconds": taken, "losses": losses}
 
 
 def torch_generate(case: Case, rounds: int) -> dict:

@@ -49,7 +49,9 @@ def test_jit_asks_for_the_backend_when_it_is_first_called(monkeypatch):
     assert made._cache_size() == 2 and "multiply" in made.lower(jnp.float32(1), 3).as_text()
 
 
-@pytest.mark.parametrize(("platform", "given", "found"), [("gpu", None, True), ("cpu", None, False), ("gpu", False, False)])
+@pytest.mark.parametrize(
+    ("platform", "given", "found"), [("gpu", None, True), ("cpu", None, False), ("gpu", False, False)]
+)
 def test_layers_are_unrolled_on_one_gpu(platform, given, found, monkeypatch):
     monkeypatch.setattr(vlm, "backend", lambda: platform)
     assert settled(replace(MODEL, unroll=given)).unroll is found

@@ -11,8 +11,8 @@ from hf_copy import vit as copy_vit
 from parity_log import record_parity
 
 from jaxvlm.config import ConfigError, LLMConfig, ModelConfig, VisionConfig
-from jaxvlm.models.convnet import STAGES
 from jaxvlm.models import vit
+from jaxvlm.models.convnet import STAGES
 from jaxvlm.models.vit import num_layers
 from jaxvlm.models.vlm import VLM, abstract_params
 

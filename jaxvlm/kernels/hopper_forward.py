@@ -144,8 +144,8 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """out [B, S, H, h], and the scores' log2-sum-exp2 [B, H, S'] of the padded length.
 
-    `ranges` are the `key_ranges` and `whole_key_ranges` of each tile, in blocks of `block_k` keys. With `k_rows`, int32 [B], row b of the queries reads
-    that row of k and v, which may have any number of them.
+    `ranges` are the `key_ranges` and `whole_key_ranges` of each tile, in blocks of `block_k` keys. With `k_rows`, int32 [B],
+    row b of the queries reads that row of k and v, which may have any number of them.
     """
     batch, _, heads, head_dim = q.shape
     padded = k_start.shape[1]
