@@ -136,13 +136,13 @@ $(KERNELS)/.installed: setup.py
 	@echo "Making an environment for the GPU kernels in $(KERNELS) with $$($(KERNEL_PYTHON) --version): half a minute and 1 GB."
 	@$(KERNEL_PYTHON) -m venv --clear $(KERNELS)
 	@$(KERNELS)/bin/python -m pip install --disable-pip-version-check --no-input -q \
-		'jax>=0.11.2,<0.13' 'jax-cuda13-plugin>=0.11.2,<0.13' absl-py 'pytest>=8.3' 'pytest-xdist>=3.6' 'hypothesis>=6.100'
+		'jax>=0.11.2,<0.13' 'jax-cuda13-plugin>=0.11.2,<0.13' absl-py flax optax 'pytest>=8.3' 'pytest-xdist>=3.6' 'hypothesis>=6.100'
 	@touch $@
 
 .PHONY: $(KERNELS)/.tested
 $(KERNELS)/.tested: $(KERNELS)/.installed
 	@echo "Running the tests of the GPU kernels with $$($(KERNELS)/bin/python --version)"
-	@$(KERNELS)/bin/python -m pytest -m mosaic_gpu -n $(WORKERS) tests/test_gpu_attention.py $(ARGS)
+	@$(KERNELS)/bin/python -m pytest -m mosaic_gpu -n $(WORKERS) tests/test_gpu_attention.py tests/test_gpu_programs.py $(ARGS)
 
 # lmms-eval without most of what it depends on (150 packages, for its own models and some metrics): these its command line imports.
 LMMS_NEEDS := torch==2.13.0 accelerate datasets evaluate httpx jsonlines openpyxl loguru peft pytablewriter python-dotenv \
