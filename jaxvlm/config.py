@@ -232,7 +232,7 @@ class ModelConfig:
     dtype: str = "bfloat16"  # compute dtype; trainable parameters are float32 masters
     remat: str = "full"  # none | dots | offload | attention | full: what is recomputed for gradients, in both towers
     attention: str = ""  # the implementation to take where it serves, such as `pallas_hopper`; '' chooses
-    # Steps of training and of decoding take the layers one by one and not in a loop: faster, longer to compile; None: on one GPU
+    # Steps of training and of decoding take layers one by one and not in a loop: faster, longer to compile; None: on one GPU
     unroll: bool | None = None
 
     @property

@@ -63,6 +63,7 @@ class Stage(nn.Module):
     config: VisionConfig
     dtype: jnp.dtype
     remat: str
+    unroll: bool
     number: int
 
     @nn.compact
@@ -71,7 +72,9 @@ class Stage(nn.Module):
         if self.number:
             x = layer_norm(c.norm_eps, self.dtype, "vision_embed", "downsample_norm")(x)
             x = _cells(x, 2, width, self.dtype, "downsample")
-        x, _ = stack(Block, c.stage_depths[self.number], self.remat, in_axes=())(c, self.dtype, width, name="blocks")(x)
+        x, _ = stack(Block, c.stage_depths[self.number], self.remat, (), self.unroll)(
+            c, self.dtype, width, name="blocks"
+        )(x)
         return x
 
 
@@ -79,6 +82,7 @@ class ConvNeXt(nn.Module):
     config: VisionConfig
     dtype: jnp.dtype
     remat: str
+    unroll: bool = False
 
     @nn.compact
     def __call__(self, pixels: jax.Array) -> jax.Array:
@@ -96,7 +100,7 @@ class ConvNeXt(nn.Module):
         x = layer_norm(c.norm_eps, self.dtype, "vision_embed", "stem_norm")(x)
         outputs = []
         for number in range(max(chosen) + 1):
-            x = Stage(c, self.dtype, self.remat, number, name=f"stages_{number}")(x)
+            x = Stage(c, self.dtype, self.remat, self.unroll, number, name=f"stages_{number}")(x)
             outputs.append(x)
         size = c.resized_grid or c.image_size // c.patch_size
         x = jnp.concatenate([resize(outputs[number], size, "bilinear") for number in chosen], axis=-1)

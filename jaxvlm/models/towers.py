@@ -26,18 +26,19 @@ class Fused(nn.Module):
     config: VisionConfig
     dtype: jnp.dtype
     remat: str
+    unroll: bool = False
 
     def setup(self):
-        self.towers = [tower(part, self.dtype, self.remat) for part in self.config.towers]
+        self.towers = [tower(part, self.dtype, self.remat, self.unroll) for part in self.config.towers]
 
 
-def tower(config: VisionConfig, dtype: jnp.dtype, remat: str) -> nn.Module:
+def tower(config: VisionConfig, dtype: jnp.dtype, remat: str, unroll: bool = False) -> nn.Module:
     """The module that the configuration names. Raises `ConfigError` naming the kinds there are."""
     kinds = {
-        "vit": partial(ViT, remat=remat),
-        "convnext": partial(ConvNeXt, remat=remat),
+        "vit": partial(ViT, remat=remat, unroll=unroll),
+        "convnext": partial(ConvNeXt, remat=remat, unroll=unroll),
         "efficientnet_lite": EfficientNetLite,
-        "fused": partial(Fused, remat=remat),
+        "fused": partial(Fused, remat=remat, unroll=unroll),
     }
     if config.kind not in kinds:
         raise ConfigError(f"No vision tower '{config.kind}'; there are: {', '.join(kinds)}.")

@@ -117,6 +117,7 @@ class ViT(nn.Module):
     config: VisionConfig
     dtype: jnp.dtype
     remat: str
+    unroll: bool = False
 
     @nn.compact
     def __call__(self, pixels: jax.Array) -> jax.Array:
@@ -133,12 +134,11 @@ class ViT(nn.Module):
         if c.pre_norm:
             x = layer_norm(c.norm_eps, self.dtype, "vision_embed", "pre_norm")(x)
         length = x.shape[1]
-        if (
-            backend() == "gpu"
-        ):  # cuBLAS and the attention kernels want eights: once here, or before and after each of them
+        if backend() == "gpu":
+            # cuBLAS and the attention kernels want eights: once here, or before and after each of them.
             x = jnp.pad(x, ((0, 0), (0, -length % 8), (0, 0)))
         *kept, last = sorted(set(states))
-        layers = stack(Layer, last, self.remat, in_axes=(0,))(c, self.dtype, length, tuple(kept), name="layers")
+        layers = stack(Layer, last, self.remat, (0,), self.unroll)(c, self.dtype, length, tuple(kept), name="layers")
         (x, outputs), _ = layers((x, tuple(jnp.zeros_like(x) for _ in kept)), jnp.arange(1, last + 1))
         found = dict(zip(kept, outputs, strict=True)) | {last: x}
         if c.feature_norm:

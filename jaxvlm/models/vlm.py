@@ -44,7 +44,7 @@ class VLM(nn.Module):
 
     def setup(self):
         c, dtype = self.config, jnp.dtype(self.config.dtype)
-        self.vision = tower(c.vision, dtype, c.remat)
+        self.vision = tower(c.vision, dtype, c.remat, bool(c.unroll))
         self.connector = connector(c, dtype)
         self.llm = LLM(c.llm, dtype, c.remat, bool(c.unroll))
 

@@ -115,7 +115,8 @@ class QFormer(nn.Module):
             x = jnp.concatenate([x, text], axis=1)
         x = layer_norm(c.norm_eps, self.dtype, "vision_embed", "norm")(x)
         k_end = jnp.broadcast_to((c.num_queries + lengths)[:, None], x.shape[:2])
-        groups = stack(Group, c.depth // c.cross_every, self.config.remat, (nn.broadcast, nn.broadcast))
+        how = self.config.remat, (nn.broadcast, nn.broadcast), bool(self.config.unroll)
+        groups = stack(Group, c.depth // c.cross_every, *how)
         x, _ = groups(self.config, self.dtype, name="layers")(x, features, k_end)
         width, bias = (self.config.llm.width,), self.config.connector.bias
         x = Projection((c.width,), width, (None,), ("embed",), self.dtype, bias=bias, name="linear_1")(

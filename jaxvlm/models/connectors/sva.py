@@ -190,7 +190,7 @@ class SVA(nn.Module):
 
         init = nn.with_logical_partitioning(nn.initializers.normal(width**-0.5), (None, "vision_embed"))
         learned = self.param("query", init, (c.groups, c.width)).astype(self.dtype)
-        layers = stack(Aggregator, c.depth, self.config.remat, (nn.broadcast,) * 3)
+        layers = stack(Aggregator, c.depth, self.config.remat, (nn.broadcast,) * 3, bool(self.config.unroll))
         seen = []
         for group in range(c.groups):
             x = jnp.broadcast_to(learned[group], (batch * tiles, queries, c.width))
