@@ -25,7 +25,7 @@ pytestmark = [
 
 DEPTH = 3
 LLM = LLMConfig(vocab_size=512, width=256, depth=DEPTH, num_heads=4, num_kv_heads=4, head_dim=64, mlp_dim=640)
-VISION = VisionConfig(image_size=56, patch_size=14, width=64, depth=2, num_heads=1, mlp_dim=128)
+VISION = VisionConfig(image_size=56, patch_size=14, width=64, depth=3, num_heads=1, mlp_dim=128)
 MODEL = ModelConfig(vision=VISION, llm=LLM, remat="dots")
 SLICE = re.compile(r"= bf16\[1?,?(256,4,64|4,64,256|256,640|640,256)\]\S* (dynamic-)?slice\(")  # of a stack of kernels
 
@@ -84,7 +84,7 @@ def test_a_loop_computes_each_product_and_attention_once(h100):
 def test_one_gpu_has_no_loop_and_copies_no_parameters(h100):
     text = step_text(h100[:1], {}, unroll=None)
     assert products(text, "/jvp(VLM)/llm/") == products(text, "/transpose(jvp(VLM))/") == 7 * DEPTH
-    assert not re.search("/(llm|vision|connector)/while/", text)
+    assert text.count(" while(") <= 1  # over the loss's chunks
     in_place = [SLICE.search(body) is not None for body in computations(text).values()]
     copied = [name for name, body in computations(text).items() if SLICE.search(body) and "slice-fusion" not in name]
     assert sum(in_place) >= 7 * DEPTH and not copied
