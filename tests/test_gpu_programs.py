@@ -16,7 +16,7 @@ from jaxvlm.models.vlm import VLM, abstract_params, init_cache
 from jaxvlm.parallel import compiling, plan_targets
 from jaxvlm.parallel.mesh import make_mesh
 from jaxvlm.train.state import TrainState, split
-from jaxvlm.train.step import make_step, settled, step_options
+from jaxvlm.train.step import make_step, step_options
 
 pytestmark = [
     pytest.mark.mosaic_gpu,
@@ -47,6 +47,11 @@ def products(text: str, where: str) -> int:
     return sum(where in name and "/layers/" in name and "/llm/" in name for name in calls)
 
 
+def copied(text: str) -> list[str]:
+    """The computations that cut a kernel out of its stack, and are no product."""
+    return [name for name, body in computations(text).items() if SLICE.search(body) and "slice-fusion" not in name]
+
+
 def step_text(device, options: dict, unroll: bool | None) -> str:
     mesh, model = make_mesh(MeshConfig(fsdp=1), [device]), replace(MODEL, unroll=unroll)
     there = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -74,8 +79,7 @@ def step_text(device, options: dict, unroll: bool | None) -> str:
 
 def test_a_loop_computes_each_product_and_attention_once(h100):
     """Where results are kept, XLA's pass for slices would compute them a second time, into where they are kept."""
-    without_triton = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}  # the launchers' flag
-    text = step_text(h100, without_triton, unroll=False)
+    text = step_text(h100, compiling.IN_PLACE, unroll=False)  # without Triton, as the launchers have it
     assert products(text, "/jvp(VLM)/llm/while/") == 7 and products(text, "/transpose(jvp(VLM))/") == 7
     attention = re.findall(r'custom_call_target="mosaic_gpu_v2".*?op_name="([^"]*)"', text)
     assert sum("/jvp(VLM)/llm/" in name for name in attention) == 1
@@ -86,12 +90,11 @@ def test_one_gpu_has_no_loop_and_copies_no_parameters(h100):
     assert products(text, "/jvp(VLM)/llm/") == products(text, "/transpose(jvp(VLM))/") == 7 * DEPTH
     assert text.count(" while(") <= 1  # over the loss's chunks
     in_place = [SLICE.search(body) is not None for body in computations(text).values()]
-    copied = [name for name, body in computations(text).items() if SLICE.search(body) and "slice-fusion" not in name]
-    assert sum(in_place) >= 7 * DEPTH and not copied
+    assert sum(in_place) >= 7 * DEPTH and not copied(text)
 
 
 def test_decoding_reads_parameters_in_place(h100):
-    config = settled(replace(MODEL, remat="none", unroll=True))
+    config = replace(MODEL, remat="none", unroll=True)
     there = jax.sharding.SingleDeviceSharding(h100)
 
     def placed(tree):
@@ -108,5 +111,4 @@ def test_decoding_reads_parameters_in_place(h100):
     traced = decoding.decode.trace(config, 16, True, *map(placed, (params, cache, logits, numbers, sampling)))
     options = compiling.compiler_options("gpu") | {"xla_gpu_autotune_level": 0}
     text = traced.lower(lowering_platforms=("cuda",)).compile(compiler_options=options).as_text()
-    copied = [name for name, body in computations(text).items() if SLICE.search(body) and "slice-fusion" not in name]
-    assert products(text, "/while/body/") == 7 * DEPTH and not copied
+    assert products(text, "/while/body/") == 7 * DEPTH and not copied(text)

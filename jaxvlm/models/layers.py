@@ -168,10 +168,8 @@ class Projection(nn.Module):
         if self.bias:
             init = nn.with_logical_partitioning(self.bias_init, self.axes_out)
             bias = self.param("bias", init, self.shape_out).astype(self.dtype)
-            if _context() > 1:
-                y = y + bias
-            else:  # as two matrices, which cuBLAS adds to its product
-                y = (y.reshape(-1, bias.size) + bias.reshape(-1)).reshape(y.shape)
+            flat = y.reshape(*y.shape[: y.ndim - bias.ndim], -1)  # as a vector, which cuBLAS adds to its product
+            y = (flat + bias.reshape(-1)).reshape(y.shape)
         if self.lora.rank and self.name in self.lora.targets:
             rank, init_a = (self.lora.rank,), uniform_fan_in(math.prod(self.shape_in))
             if self.lora.dropout and self.has_rng("dropout"):
